@@ -1,0 +1,150 @@
+"""GRPO, Group Relative Policy Optimization: the objective (DeepSeekMath, arXiv:2402.03300), then its family.
+
+Pure functions on tensors: B prompts, G answers to each, T actions (tokens) an answer.
+Left out: sampling and optimizers (train_grpo.py), and the value network that GRPO does without (ppo.py).
+Run: python train_grpo.py --objective grpo
+"""
+from dataclasses import dataclass
+
+import torch
+
+
+# ---- plain GRPO: the paper on one screen; grpo_loss with OBJECTIVES["grpo"] equals it ----
+def plain_grpo(reward, logp, logp_old, logp_ref, mask, eps=0.2, beta=0.04):
+    """-mean over answers of 1/|o| Σ_t min(r·A, clip(r, 1-ε, 1+ε)·A) - β·k3 (arXiv:2402.03300, eq. 3, 4)."""
+    adv = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)  # (B, G)
+    ratio, adv = torch.exp(logp - logp_old), adv[:, :, None]  # (B, G, T), (B, G, 1)
+    surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)
+    kl = torch.exp(logp_ref - logp) - (logp_ref - logp) - 1
+    per_token = -(surrogate - beta * kl) * mask
+    return (per_token.sum(2) / mask.sum(2)).mean()
+
+
+# ---- the family: what each member changes ----
+CHOICES = {"baseline": ("mean", "loo", "none"), "scale": ("group", "batch", "none"), "kl": ("k1", "k2", "k3"),
+           "ratio": ("token", "sequence", "none"), "surrogate": ("clip", "cispo", "sapo"),
+           "reduce": ("answer", "token", "length", "sum")}
+
+
+def check(**chosen):
+    for field, value in chosen.items():
+        if value not in CHOICES[field]:
+            raise ValueError(f"{field}={value!r}: wanted one of {', '.join(CHOICES[field])}")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row of the table; a variant is dataclasses.replace(OBJECTIVES["grpo"], beta=0.0)."""
+    baseline: str = "mean"      # subtracted from the reward: mean, loo (mean of the others), none
+    scale: str = "group"        # divides it: std of the group, std of all rewards of the batch, none
+    ratio: str = "token"        # token, sequence (exp of an answer's mean log-ratio), none (on-policy)
+    surrogate: str = "clip"     # clip, cispo, sapo
+    reduce: str = "answer"      # answer, token, length, sum
+    eps_low: float = 0.2
+    eps_high: float = 0.2       # for cispo the cap itself
+    delta: float | None = None  # caps the unclipped ratio from above (two-sided clip)
+    beta: float = 0.0
+    kl: str = "k3"              # k1, k2, k3
+    kl_ratio: bool = False      # multiply the KL term by the differentiable ratio
+    tau_pos: float = 1.0        # sapo's temperatures, where A > 0 and elsewhere
+    tau_neg: float = 1.05
+
+    def __post_init__(self):
+        check(**{field: getattr(self, field) for field in CHOICES})
+
+
+OBJECTIVES = {
+    "reinforce": Objective(baseline="none", scale="none", ratio="none", reduce="sum"),
+    "rloo": Objective(baseline="loo", scale="none", ratio="none", reduce="sum"),  # arXiv:2402.14740
+    "grpo": Objective(beta=0.04),  # arXiv:2402.03300
+    "dr_grpo": Objective(scale="none", reduce="length"),  # arXiv:2503.20783
+    "dapo": Objective(reduce="token", eps_high=0.28),  # arXiv:2503.14476
+    "gspo": Objective(ratio="sequence", eps_low=3e-4, eps_high=4e-4),  # arXiv:2507.18071
+    "cispo": Objective(surrogate="cispo", reduce="token", eps_high=5.0),  # arXiv:2506.13585, 2510.13786
+    "sapo": Objective(surrogate="sapo"),  # arXiv:2511.20347
+}
+
+
+def group_advantage(reward, baseline="mean", scale="group", eps=1e-4):
+    """How much better an answer is than its group: A = (R - baseline) / (std + eps), std unbiased.
+
+    (B, G) -> (B, G), no gradient. arXiv:2402.03300, section 4.1.2.
+    ValueError on an unknown name, or where G = 1 leaves nothing to compare with.
+    """
+    assert reward.dim() == 2, f"reward has shape {tuple(reward.shape)}, wanted (B, G)"
+    check(baseline=baseline, scale=scale)
+    G = reward.shape[1]
+    if G < 2 and (baseline, scale) != ("none", "none"):
+        raise ValueError(f"a group of {G=}: {baseline=}, {scale=} need at least 2 answers")
+    reward = promote(reward.detach())
+    shifted = reward - reward[:, :1]  # equal rewards are exact zeros from here on, and so is their advantage
+    adv = reward if baseline == "none" else shifted - shifted.mean(1, keepdim=True)
+    adv = adv * (G / (G - 1)) if baseline == "loo" else adv  # = R - mean of the other G - 1
+    if scale == "group":
+        adv = adv / (shifted.std(1, keepdim=True) + eps)
+    elif scale == "batch":
+        adv = adv / (reward.std() + eps)
+    return adv
+
+
+def kl_penalty(logp, logp_ref, estimator="k3"):
+    """Schulman's estimators of KL(π‖π_ref) at actions drawn from π (joschu.net/blog/kl-approx.html).
+
+    d = logp_ref - logp: k1 = -d, k2 = d²/2, k3 = eᵈ - d - 1; (..., T) -> (..., T). As a *loss* on on-policy
+    samples they differ in gradient: k1's is zero in expectation (it ignores the reference), k2's is that of
+    KL(π‖π_ref), k3's that of KL(π_ref‖π), and ratio·k3 restores KL(π‖π_ref) (tests/test_grpo.py).
+    """
+    check(kl=estimator)
+    d = logp_ref - logp
+    return -d if estimator == "k1" else d.square() / 2 if estimator == "k2" else torch.expm1(d) - d
+
+
+def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_tokens=None, n_answers=None):
+    """The loss to minimise and its stats: surrogate(r, A) + β·KL a token, reduced; r = exp(logp - logp_old).
+
+    logp, logp_old, logp_ref, mask (B, G, T), adv (B, G) -> scalar, dict of masked means (ratio_max: maximum).
+    The denominators are of the whole optimizer step: pass its n_tokens and n_answers and micro-losses add up.
+    AssertionError on shapes and on tensors that carry a gradient but shouldn't, ValueError on unknown names.
+    """
+    for name, x in (("logp_old", logp_old), ("logp_ref", logp_ref), ("mask", mask), ("adv", adv)):
+        want = logp.shape[:2] if name == "adv" else logp.shape
+        assert x.shape == want and not x.requires_grad, \
+            f"{name} has shape {tuple(x.shape)}, requires_grad {x.requires_grad}, wanted {tuple(want)}, False"
+    assert logp.dim() == 3, f"logp has shape {tuple(logp.shape)}, wanted (B, G, T)"
+    o, mask = objective, mask.bool()  # filled, not multiplied: inf behind the mask times 0 is NaN
+    logp, logp_old, logp_ref = (promote(x).masked_fill(~mask, 0.0) for x in (logp, logp_old, logp_ref))
+    adv = promote(adv)[:, :, None]  # (B, G, 1)
+    length = mask.sum(2, keepdim=True).clamp(min=1)  # an empty answer divides nothing by zero
+    ratio = torch.exp(logp - logp_old)  # (B, G, T)
+    if o.ratio == "sequence":
+        ratio = torch.exp((logp - logp_old).sum(2, keepdim=True) / length).expand_as(logp)
+    clipped = torch.zeros_like(mask)  # where the clip or the cap takes the gradient away
+    if o.ratio == "none":
+        pg = -adv * logp
+    elif o.surrogate == "clip":
+        low, high, delta = 1 - o.eps_low, 1 + o.eps_high, float("inf") if o.delta is None else o.delta
+        pg = -torch.minimum(ratio.clamp(max=delta) * adv, ratio.clamp(low, high) * adv)
+        clipped = ((ratio < low) | (ratio > delta)) & (adv < 0) | (ratio > high) & (adv > 0)
+    elif o.surrogate == "cispo":
+        pg = -ratio.clamp(max=o.eps_high).detach() * adv * logp
+        clipped = ratio > o.eps_high
+    else:
+        tau = torch.full_like(adv, o.tau_neg).masked_fill(adv > 0, o.tau_pos)
+        pg = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * adv
+    kl = o.beta * kl_penalty(logp, logp_ref, o.kl) if o.beta else 0.0  # state-wise: a token given its prefix
+    loss = (pg + (ratio * kl if o.kl_ratio else kl)).masked_fill(~mask, 0.0)
+    tokens = mask.sum().clamp(min=1)
+    n_tokens = tokens if n_tokens is None else n_tokens
+    n_answers = mask[:, :, 0].numel() if n_answers is None else n_answers
+    max_len = mask.shape[2] if max_len is None else max_len
+    denominator = {"answer": n_answers, "token": n_tokens, "length": n_answers * max_len, "sum": n_answers}
+    loss = (loss / length if o.reduce == "answer" else loss).sum() / denominator[o.reduce]
+
+    def mean(x):
+        return x.detach().masked_fill(~mask, 0.0).sum() / tokens
+    return loss, {"kl": mean(kl_penalty(logp, logp_ref, "k3")), "clip_frac": mean(clipped.to(logp.dtype)),
+                  "ratio_max": ratio.detach().masked_fill(~mask, 0.0).max(), "pg_loss": mean(pg)}
+
+
+def promote(x):  # float64 stays, all else becomes float32: bfloat16 can't hold a ratio of 1.001
+    return x if x.dtype == torch.float64 else x.float()

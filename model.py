@@ -1,0 +1,236 @@
+"""GPT-2's architecture with a KV cache: samples groups of answers and scores them through one path.
+
+Source: Radford et al. 2019 (GPT-2); module names are those of transformers' GPT2LMHeadModel, so weights pass both ways.
+Left out: rotary positions, grouped-query attention, sharding; paged caches belong in a server.
+Run: python sft.py (trains one), python sample.py (asks one)
+"""
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from utils.cli import atomic_write, die, need
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int = 256
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+
+
+SIZES = {  # name: layers, heads, width; "nano" trains in minutes on a laptop, the last four are OpenAI's
+    "nano": (4, 4, 128), "micro": (6, 6, 192), "mini": (6, 6, 384), "small": (8, 8, 512),
+    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, attn_mask=None, cache=None, t0=0):
+        N, T, C = x.shape
+        qkv = self.c_attn(x).view(N, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
+        if cache is not None:
+            cache[0][:, :, t0:t0 + T], cache[1][:, :, t0:t0 + T] = k, v
+            k, v = cache[0][:, :, :t0 + T], cache[1][:, :, :t0 + T]
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=attn_mask is None and T > 1)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(N, T, C)), dropout)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, attn_mask=None, cache=None, t0=0):
+        x = x + self.attn(self.ln_1(x), attn_mask, cache, t0)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: tied
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # GPT-2: residual projections shrink with depth
+                depth = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(p, std=0.02 / depth)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def hidden(self, tokens, pad=None, cache=None, t0=0):
+        """tokens (N, T) at positions t0 … t0 + T - 1 -> last hidden states (N, T, C).
+
+        pad (N,): how many tokens on the left of each row are padding; they are never attended to.
+        cache: per layer a pair (N, heads, S, head_dim) of keys and values, filled up to t0, written from there on.
+        """
+        T, S = tokens.shape[1], t0 + tokens.shape[1]
+        if S > self.config.block_size:
+            raise ValueError(f"{S} tokens don't fit the context of {self.config.block_size} (block_size)")
+        position = torch.arange(t0, S, device=tokens.device)
+        attn_mask = None
+        if pad is not None:
+            key = torch.arange(S, device=tokens.device)
+            seen = (key >= pad[:, None, None]) & (key <= position[:, None])
+            attn_mask = (seen | (key == position[:, None]))[:, None]  # padding sees itself: a row of -inf is NaN
+            position = (position - pad[:, None]).clamp(min=0)
+        x = F.dropout(self.wte(tokens) + self.wpe(position), self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, attn_mask, None if cache is None else cache[i], t0)
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        return F.linear(hidden, self.wte.weight)
+
+    def forward(self, tokens, pad=None):
+        """tokens (N, T) -> logits (N, T, V) of the next token."""
+        return self.logits(self.hidden(tokens, pad))
+
+    def score(self, tokens, prompt_len, temperature=1.0, pad=None):
+        """Log-probability and full-softmax entropy of the answer: tokens (N, P + T) -> two float32 (N, T).
+
+        Only the last T positions meet the output head. The entropy carries no gradient.
+        """
+        logits = self.logits(self.hidden(tokens[:, :-1], pad)[:, prompt_len - 1:])
+        logits = logits.float() / temperature  # (N, T, V)
+        logp = -F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_len:].flatten(), reduction="none")
+        with torch.no_grad():
+            entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+        return logp.view_as(entropy), entropy
+
+    @torch.no_grad()
+    def generate(self, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top_p=1.0, stop=(),
+                 generator=None, uniforms=None, pad=None):
+        """G answers to each of B prompts: prompt (B, P) -> tokens (B·G, P + T), logp (B·G, T), mask (B·G, T), T = max_new.
+
+        stop: token sequences that end an answer; they are part of it (mask is True) and what follows is not. Each
+        prompt is prefilled once and its keys and values expanded to the group. The draw is inverse-CDF: action =
+        first token whose cumulative probability exceeds uniforms (B·G, T), drawn from `generator` unless given.
+        logp is that of the distribution sampled from: temperature, then top_k, then top_p.
+        """
+        (B, P), device, N = prompt.shape, prompt.device, prompt.shape[0] * group_size
+        if P + max_new > self.config.block_size:
+            raise ValueError(f"prompt {P} + max_new {max_new} tokens don't fit the context of {self.config.block_size}")
+        if uniforms is None:
+            uniforms = torch.rand(N, max_new, generator=generator).to(device)
+        shape = (self.config.n_head, P + max_new, self.config.n_embd // self.config.n_head)
+        dtype = self.wte.weight.dtype
+        small = [[torch.empty(B, *shape, dtype=dtype, device=device) for _ in "kv"] for _ in self.h]
+        hidden = self.hidden(prompt, pad, small)[:, -1]
+        cache = [[x.repeat_interleave(group_size, 0) for x in layer] for layer in small] if group_size > 1 else small
+        hidden, prompt = hidden.repeat_interleave(group_size, 0), prompt.repeat_interleave(group_size, 0)
+        pad = None if pad is None else pad.repeat_interleave(group_size, 0)
+
+        tokens = torch.cat([prompt, prompt.new_zeros(N, max_new)], dim=1)  # (N, P + T)
+        logp = torch.zeros(N, max_new, device=device)
+        mask = torch.zeros(N, max_new, dtype=torch.bool, device=device)
+        alive = torch.ones(N, dtype=torch.bool, device=device)
+        for t in range(max_new):
+            dist = sampling_logp(self.logits(hidden).float() / temperature, top_k, top_p)  # (N, V)
+            action = inverse_cdf(dist, uniforms[:, t])
+            logp[:, t] = dist.gather(1, action[:, None])[:, 0]
+            tokens[:, P + t] = action
+            mask[:, t] = alive
+            for sequence in stop:
+                if t + 1 >= len(sequence):
+                    tail = tokens[:, P + t + 1 - len(sequence):P + t + 1]
+                    alive = alive & ~(tail == tail.new_tensor(sequence)).all(1)
+            if t + 1 == max_new or (stop and not alive.any()):
+                break
+            hidden = self.hidden(tokens[:, P + t:P + t + 1], pad, cache, P + t)[:, -1]
+        return tokens, logp * mask, mask
+
+    @staticmethod
+    def from_pretrained(source):
+        """GPT-2 weights from a folder in transformers' format, or by name ("gpt2", "gpt2-xl") from its cache or hub."""
+        safetensors = need("safetensors.torch", "hf")
+        folder = Path(source)
+        if not folder.is_dir():
+            hub = need("huggingface_hub", "hf")
+            try:
+                folder = Path(hub.snapshot_download(source, allow_patterns=["config.json", "model.safetensors"],
+                                                    etag_timeout=5))
+            except Exception as error:  # the hub has a dozen kinds of "can't reach it"; all mean the same to the user
+                die(f"{source!r} is no folder here, and the hub gave nothing ({type(error).__name__}). "
+                    "Download config.json and model.safetensors where there is a network and name their folder.")
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                die(f"{folder} has no {name}: wanted a folder that transformers' save_pretrained wrote.")
+        c = json.loads((folder / "config.json").read_text())
+        odd = [k for k in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn") if c.get(k)]
+        if c.get("model_type") != "gpt2" or c.get("activation_function", "gelu_new") != "gelu_new" or odd:
+            die(f"{folder}/config.json is not a plain GPT-2 ({c.get('model_type')!r}, {odd}): wanted model_type gpt2.")
+        model = GPT(GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"]))
+        weights = {k.removeprefix("transformer."): w for k, w in
+                   safetensors.load_file(folder / "model.safetensors").items()}
+        state = {k: (weights[k].T if transposed(k) else weights[k]) for k in model.state_dict() if k in weights}
+        model.load_state_dict(state)
+        return model
+
+    def export_hf(self, folder):
+        """Writes config.json and model.safetensors that transformers' GPT2LMHeadModel.from_pretrained loads."""
+        safetensors = need("safetensors.torch", "hf")
+        c = asdict(self.config)
+        c = {k: c[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")} | {
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": c["block_size"],
+            "activation_function": "gelu_new", "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+            **{k: c["dropout"] for k in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}}
+        weights = {f"transformer.{k}": (w.T if transposed(k) else w).detach().cpu().contiguous()
+                   for k, w in self.state_dict().items()}
+        atomic_write(Path(folder) / "config.json", json.dumps(c, indent=2).encode())
+        atomic_write(Path(folder) / "model.safetensors", safetensors.save(weights, {"format": "pt"}))
+
+
+def transposed(name):  # transformers keeps GPT-2's projections as (in, out)
+    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+
+
+def sampling_logp(logits, top_k=0, top_p=1.0):
+    """Log-probabilities that sampling follows, (N, V) -> (N, V); tokens outside top_k or top_p get -inf."""
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ordered, index = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = ordered.masked_fill(before > top_p, -torch.inf).gather(-1, index.argsort(-1))
+    return logits.log_softmax(-1)
+
+
+def inverse_cdf(logp, u):
+    """First token whose cumulative probability exceeds u: (N, V), (N,) in [0, 1) -> (N,). float64: no ties at the end."""
+    cdf = logp.double().exp().cumsum(-1)
+    return torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logp.shape[-1] - 1)

@@ -1,0 +1,54 @@
+"""Checkpoints: one dict of tensors and plain values a file, written atomically, read with weights_only=True.
+
+Every file holds format, kind (policy, reward, state), config, tokenizer (ranks included), model; reward adds pool, mean
+and std, state adds what a resume needs. Nothing else can be read from such a file, so a foreign one is refused.
+"""
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+from utils.cli import atomic_write, die
+from utils.tokenizer import Tokenizer
+
+FORMAT = "nanogrpo-1"
+
+
+def save(path, kind, model, tokenizer, **more):
+    """model: a module with .config; tokenizer: utils.tokenizer.Tokenizer; more: further entries of the dict."""
+    content = {"format": FORMAT, "kind": kind, "config": asdict(model.config), "tokenizer": tokenizer.state(),
+               "model": model.state_dict(), **more}
+    atomic_write(path, lambda file: torch.save(content, file))
+
+
+def load(path, kind, made_by):
+    """The dict in the file, or a clear message; made_by: the command that writes such a file."""
+    if not Path(path).is_file():
+        die(f"no {kind} at {path}: run `{made_by}` first, or name another file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, UnicodeDecodeError) as error:
+        die(f"{path} can't be read as a checkpoint ({type(error).__name__}): empty, truncated or foreign. "
+            f"Make it again with `{made_by}`.")
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT or content.get("kind") != kind:
+        seen = content.get("kind", "no kind") if found == FORMAT else f"format {found!r}"
+        die(f"{path} is not a {kind} of this repository ({seen}): wanted what `{made_by}` writes")
+    return content
+
+
+def load_policy(path, device="cpu", made_by="python sft.py"):
+    """-> (GPT in eval mode, tokenizer): rule 15, dropout is off wherever a policy is only read."""
+    content = load(path, "policy", made_by)
+    model = GPT(GPTConfig(**content["config"]))
+    model.load_state_dict(content["model"])
+    return model.to(device).eval(), Tokenizer.load(content["tokenizer"])
+
+
+def same_tokenizer(path, content, tokenizer, policy_path):
+    """π₀ fixes the tokenizer for all that follows: ids of another one would be read as other words."""
+    if content["tokenizer"] != tokenizer.state():
+        die(f"{path} was made with another tokenizer ({content['tokenizer']['name']}) than the policy {policy_path} "
+            f"({tokenizer.name}): make it again from that policy")

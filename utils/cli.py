@@ -1,0 +1,94 @@
+"""What every command line of this repository shares: clear errors, presets, atomic files, Ctrl-C."""
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def die(message):
+    """Says what was wrong, what was wanted and what to do, on stderr in one line; exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def need(module, extra):
+    """Imports an optional package, or names the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        die(f"this needs the package {error.name!r}, which isn't installed: pip install '.[{extra}]'")
+
+
+def parse(args_class, presets=None):
+    """Fills args_class from the command line; --preset NAME (in any place) picks the defaults from `presets`."""
+    import tyro
+    argv, default = list(sys.argv[1:]), args_class()
+    if presets:
+        for i, word in enumerate(argv):
+            if word.split("=")[0] == "--preset":
+                name = word.split("=", 1)[1] if "=" in word else argv[i + 1] if i + 1 < len(argv) else ""
+                if name not in presets:
+                    die(f"--preset {name!r} is unknown: wanted one of {', '.join(presets)}")
+                del argv[i:i + (1 if "=" in word else 2)]
+                default = presets[name]
+                break
+    return tyro.cli(args_class, args=argv, default=default, description=sys.modules[args_class.__module__].__doc__)
+
+
+def at_least(args, **least):
+    """Refuses fields of the arguments that are below their least useful value (None is let through)."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            die(f"--{name} {value} is too small: wanted at least {low}")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turns the ways in which a write can fail (full disk, no permission, no such place) into a clear message."""
+    try:
+        yield
+    except OSError as error:
+        die(f"can't write {path}: {error.strerror or error}. Free some space or name another place.")
+
+
+def atomic_write(path, content):
+    """Writes bytes, or what content(file) writes, beside `path` and renames: a kill leaves the old file or the new."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(tmp, "wb") as file:
+                content(file) if callable(content) else file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM as a flag that the loop reads after a step, so that it can save first; a second one kills."""
+
+    def __init__(self):
+        self.asked = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # only where a command line owns the process
+            signal.signal(signal.SIGINT, self.ask)
+            signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, signum, frame):
+        self.asked = True
+        signal.signal(signum, signal.SIG_DFL)
+
+    def leave(self, command):
+        print(f"\nstopped and saved; go on with: {command}")
+        raise SystemExit(130)
+
+
+def resume_command():
+    """The command line that goes on with this run."""
+    words = [w for w in sys.argv if w not in ("--resume", "--fresh")]
+    return " ".join(["python", *(f"'{w}'" if " " in w or "\n" in w else w for w in words), "--resume"])

@@ -1,0 +1,77 @@
+"""Where a run computes and in which precision, its seeds, its memory, and the record of all that beside its CSV."""
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from utils.cli import atomic_write, die
+
+
+def pick_device(name="auto"):
+    """auto: CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        die(f"--device {name!r} is unknown: wanted auto, cpu, cuda or mps")
+    if kind == "cuda" and not torch.cuda.is_available():
+        die("--device cuda: this torch sees no CUDA GPU. Use --device cpu, or install a CUDA build of torch.")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        die("--device mps: this torch sees no Apple GPU. Use --device cpu.")
+    return torch.device(name)
+
+
+def pick_autocast(device, dtype="auto"):
+    """A context for the matmuls of scoring and update: bfloat16 where the hardware multiplies it, else float32.
+
+    Returns (context factory, "bf16" or "fp32"). Log-softmax, ratios and losses stay in float32 whatever it says.
+    """
+    if dtype == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            caps = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            fast = device.type == "cpu" and (caps.get("avx512_bf16") or caps.get("amx_bf16"))
+        dtype = "bf16" if fast else "fp32"
+    if dtype not in ("bf16", "fp32"):
+        die(f"--dtype {dtype!r} is unknown: wanted auto, bf16 or fp32")
+    if dtype == "fp32":
+        return contextlib.nullcontext, dtype
+    return lambda: torch.autocast(device.type, torch.bfloat16), dtype
+
+
+def peak_mem_mb(device):
+    """CUDA: the allocator's peak; elsewhere the peak resident size of the process; in MB (10⁶ bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def git_commit():
+    """The commit that made a run ("-dirty" if the tree had changes), or "unknown" outside git."""
+    root = Path(__file__).parent.parent
+    try:
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        status = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    if commit.returncode:
+        return "unknown"
+    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def write_run_record(csv_path, args, **more):
+    """CSV's path with .json: arguments, command, commit, versions, device and threads of the run that wrote it."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken", "vaderSentiment")}
+    record = {"args": dataclasses.asdict(args), "command": " ".join(["python", *sys.argv]), "commit": git_commit(),
+              "python": platform.python_version(), "versions": versions, "machine": platform.machine(),
+              "threads": torch.get_num_threads(), **more}
+    atomic_write(Path(csv_path).with_suffix(".json"), json.dumps(record, indent=2, default=str).encode())
