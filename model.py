@@ -84,10 +84,11 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        std = 0.55 / math.sqrt(config.n_embd)  # GPT-2's 0.02 at its width of 768; a narrow model learns slowly from 0.02
         for name, p in self.named_parameters():
             if p.dim() == 2:  # GPT-2: residual projections shrink with depth
                 depth = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
-                nn.init.normal_(p, std=0.02 / depth)
+                nn.init.normal_(p, std=std / depth)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 

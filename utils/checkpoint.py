@@ -3,6 +3,7 @@
 Every file holds format, kind (policy, reward, state), config, tokenizer (ranks included), model; reward adds pool, mean
 and std, state adds what a resume needs. Nothing else can be read from such a file, so a foreign one is refused.
 """
+import math
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -52,3 +53,25 @@ def same_tokenizer(path, content, tokenizer, policy_path):
     if content["tokenizer"] != tokenizer.state():
         die(f"{path} was made with another tokenizer ({content['tokenizer']['name']}) than the policy {policy_path} "
             f"({tokenizer.name}): make it again from that policy")
+
+
+MAY_CHANGE = {"resume", "steps", "save_every", "eval_every", "track", "log", "out", "device"}  # between start and resume
+
+
+def load_state(path, args, made_by):
+    """The state to go on from; refuses other arguments than the run began with, and takes its number of threads."""
+    state = load(path, "state", made_by)
+    for name, value in asdict(args).items():
+        began = state["args"].get(name)
+        if name not in MAY_CHANGE and began != value:
+            die(f"--resume: {path} began with --{name} {began}, not {value}: give the same, or start anew without --resume")
+    torch.set_num_threads(state["threads"])
+    return state
+
+
+def finite(step, out, **stats):
+    """A non-finite loss or gradient ends the run before it reaches the weights; the last good checkpoint stays."""
+    values = {name: float(torch.as_tensor(value).detach()) for name, value in stats.items()}
+    if not all(math.isfinite(value) for value in values.values()):
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        die(f"step {step}: not finite ({shown}). The last good checkpoint stays in {out}: lower --lr, or --dtype fp32.")

@@ -1,0 +1,278 @@
+"""Reward model: pairs of answers, labelled by a judge -> out/reward/reward.pth, one number an answer.
+
+π₀ answers a prompt twice, a gold judge prefers one through a Bradley-Terry draw, P(a ≻ b) = σ((g_a - g_b) / temperature),
+and a GPT trunk with one scalar a token learns to agree: -log σ(r_chosen - r_rejected) (Ouyang et al., arXiv:2203.02155,
+eq. 1). Scores are shifted and scaled to mean 0, std 1 on π₀'s answers to held-out prompts.
+Left out: ensembles, margins, more than two answers a prompt.
+Run: python reward_model.py
+"""
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig
+from utils import checkpoint
+from utils.cli import Interrupt, at_least, atomic_write, die, parse, resume_command
+from utils.device import peak_mem_mb, pick_autocast, pick_device, write_run_record
+from utils.log import SHARED, Log
+from utils.rewards import JUDGES
+from utils.task import load_prompts, step_generator
+from utils.text import completions, left_pad, read_jsonl
+
+COLUMNS = [*SHARED, "accuracy", "held_out", "held_out_accuracy", "judge_accuracy", "untied", "lr", "grad_norm",
+           "seconds", "peak_mem_mb"]
+MADE_BY = "python reward_model.py"
+
+
+@dataclass
+class Args:
+    policy: str = "out/sft/policy.pth"  # π₀: samples the pairs, lends its tokenizer and its trunk
+    pairs: str = ""  # your own preferences instead: JSONL with prompt, chosen, rejected
+    data: str = "auto"  # where the prompts come from, as in sft.py
+    judge: Literal[tuple(JUDGES)] = "sentiment"
+    label_temperature: float = 0.1  # of the Bradley-Terry draw, in the judge's unit; 0 labels without noise
+    n_pairs: int = 4096
+    held_out_pairs: int = 1024  # on held-out prompts
+    prompt_len: int = 32
+    max_new: int = 48
+    temperature: float = 1.0
+    pool: Literal["sum", "last"] = "sum"
+    epochs: int = 2
+    batch_size: int = 64  # pairs
+    lr: float = 1e-3
+    warmup: float = 0.1  # share of the steps
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    eval_every: int = 32
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+    log: str = "logs/reward.csv"
+    out: str = "out/reward"
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    resume: bool = False  # go on from --out
+
+
+class RewardModel(nn.Module):
+    """A GPT trunk and one scalar a token, pooled over the answer's real tokens: the sum, or the last one's."""
+
+    def __init__(self, config, pool="sum"):
+        super().__init__()
+        self.config, self.pool = config, pool
+        self.trunk = GPT(config)
+        self.head = nn.Linear(config.n_embd, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("mean", torch.tensor(0.0))
+        self.register_buffer("std", torch.tensor(1.0))
+
+    def forward(self, tokens, mask, pad=None):
+        """tokens (N, P + T), mask (N, T) of the answer's real tokens -> normalised score (N,), float32."""
+        hidden = self.trunk.hidden(tokens, pad)[:, -mask.shape[1]:]
+        score = self.head(hidden).squeeze(-1).float()  # (N, T)
+        score = torch.where(mask, score, torch.zeros_like(score))
+        if self.pool == "last":
+            last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
+            score = score.gather(1, last)
+        return (score.sum(1) - self.mean) / self.std
+
+
+def load_reward_model(path, device="cpu"):
+    """-> (RewardModel in eval mode, the checkpoint's content)."""
+    content = checkpoint.load(path, "reward", MADE_BY)
+    model = RewardModel(GPTConfig(**content["config"]), content["pool"])
+    model.load_state_dict(content["model"])
+    return model.to(device).eval(), content
+
+
+@dataclass
+class Pairs:
+    tokens: torch.Tensor  # (M, 2, P + T): chosen, rejected
+    mask: torch.Tensor  # (M, 2, T)
+    pad: torch.Tensor | None  # (M,)
+    gold: torch.Tensor | None  # (M, 2), the judge's own scores
+
+    def pick(self, index):
+        """A batch as the model wants it: tokens (2M, P + T), mask (2M, T), pad (2M,); pairs stay neighbours."""
+        length = int(self.mask[index].any(1).any(0).nonzero().max()) + 1  # no token behind the longest answer
+        cut = self.mask.shape[2] - length
+        tokens = self.tokens[index].flatten(0, 1)
+        pad = None if self.pad is None else self.pad[index].repeat_interleave(2)
+        return tokens[:, :tokens.shape[1] - cut], self.mask[index].flatten(0, 1)[:, :length], pad
+
+
+def sample_pairs(policy, tokenizer, prompts, n, args, seed, device):
+    """n pairs of answers to prompts drawn at random, labelled by the judge -> Pairs, and their texts for the reader."""
+    generator = step_generator(args.seed, seed)
+    index = torch.cat([torch.randperm(len(prompts.texts), generator=generator)
+                       for _ in range(-(-n // len(prompts.texts)))])[:n]
+    tokens, masks, texts = [], [], []
+    for part in index.split(256):
+        batch = prompts.pick(part)
+        pad = None if batch.pad is None else batch.pad.to(device)
+        both, _, mask = policy.generate(batch.tokens.to(device), args.max_new, 2, args.temperature,
+                                        stop=tokenizer.stops, generator=generator, pad=pad)
+        texts += completions(both[:, -args.max_new:], mask, tokenizer)
+        tokens.append(both.cpu())
+        masks.append(mask.cpu())
+    asked = prompts.pick(index)
+    gold = torch.tensor(JUDGES[args.judge](texts, [p for p in asked.texts for _ in "ab"])).view(n, 2)
+    gap = gold[:, 0] - gold[:, 1]
+    odds = torch.sigmoid(gap / args.label_temperature) if args.label_temperature > 0 else (gap.sign() + 1) / 2
+    swap = (torch.rand(n, generator=generator) >= odds).long()[:, None]  # 1: the second answer was preferred
+    order = torch.cat([swap, 1 - swap], dim=1)
+    rows = torch.arange(n)[:, None]
+    pairs = Pairs(torch.cat(tokens).view(n, 2, -1)[rows, order], torch.cat(masks).view(n, 2, -1)[rows, order],
+                  asked.pad, gold.gather(1, order))
+    return pairs, [(asked.texts[i], texts[2 * i + a], texts[2 * i + b]) for i, (a, b) in enumerate(order.tolist())]
+
+
+def read_pairs(path, tokenizer, block_size):
+    """A user's JSONL -> Pairs without gold; an answer gets the stop that ends a speech."""
+    rows = read_jsonl(path, ("prompt", "chosen", "rejected"), "--pairs")
+    stop = list(tokenizer.stops[0]) if tokenizer.stops else []
+    answers = [tokenizer.encode(row[key]) + stop for row in rows for key in ("chosen", "rejected")]
+    longest = max(map(len, answers))
+    if longest + 1 > block_size:
+        row = max(range(len(answers)), key=lambda i: len(answers[i])) // 2
+        die(f"--pairs {path}: an answer of example {row + 1} has {longest} tokens, which with a prompt don't fit the "
+            f"context of {block_size}")
+    prompts, pad = left_pad([tokenizer.encode(row["prompt"]) or [0] for row in rows])
+    keep = min(prompts.shape[1], block_size - longest)
+    pad = None if pad is None else (pad - (prompts.shape[1] - keep)).clamp(min=0)
+    prompts = prompts[:, -keep:].repeat_interleave(2, 0)
+    mask = torch.tensor([[t < len(a) for t in range(longest)] for a in answers])
+    answers = torch.tensor([a + [0] * (longest - len(a)) for a in answers])
+    M = len(rows)
+    return Pairs(torch.cat([prompts, answers], 1).view(M, 2, -1), mask.view(M, 2, -1), pad, None)
+
+
+@torch.no_grad()
+def evaluate(model, pairs, device, autocast):
+    """-> numbers on held-out pairs, and all raw scores (M, 2)."""
+    scores = []
+    for index in torch.arange(len(pairs.tokens)).split(256):
+        tokens, mask, pad = pairs.pick(index)
+        with autocast():
+            score = model(tokens.to(device), mask.to(device), None if pad is None else pad.to(device))
+        scores.append(score.view(-1, 2).cpu())
+    scores = torch.cat(scores)
+    gap = scores[:, 0] - scores[:, 1]
+    row = {"held_out": F.softplus(-gap).mean(), "held_out_accuracy": (gap > 0).float().mean()}
+    if pairs.gold is not None:
+        gold_gap = pairs.gold[:, 0] - pairs.gold[:, 1]
+        untied = gold_gap != 0
+        row |= {"judge_accuracy": (gap.sign() == gold_gap.sign())[untied].float().mean(), "untied": untied.float().mean()}
+    return row, scores
+
+
+def main(args):
+    # ---- set-up ----
+    at_least(args, n_pairs=args.batch_size, batch_size=1, held_out_pairs=2, epochs=1, max_new=1, prompt_len=1,
+             label_temperature=0.0, eval_every=1)
+    device = pick_device(args.device)
+    autocast, dtype = pick_autocast(device, args.dtype)
+    torch.manual_seed(args.seed)
+    policy, tokenizer = checkpoint.load_policy(args.policy, device)
+    model = RewardModel(policy.config, args.pool).to(device)
+    model.trunk.load_state_dict(policy.state_dict())
+
+    # ---- pairs ----
+    clock = time.perf_counter()
+    if args.pairs:
+        every = read_pairs(args.pairs, tokenizer, policy.config.block_size)
+        order = torch.randperm(len(every.tokens), generator=step_generator(args.seed, 0))
+        cut = max(1, len(order) // 10)
+        if len(order) < 2:
+            die(f"--pairs {args.pairs} holds {len(order)} pair: wanted at least 2, one is held out")
+        train, held_out = (Pairs(every.tokens[i], every.mask[i], None if every.pad is None else every.pad[i], None)
+                           for i in (order[cut:], order[:cut]))
+    else:
+        if args.prompt_len + args.max_new > policy.config.block_size:
+            die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's context of "
+                f"{policy.config.block_size} tokens: shorten one")
+        prompts = load_prompts("", args.data, tokenizer, args.prompt_len)
+        train, texts = sample_pairs(policy, tokenizer, prompts[0], args.n_pairs, args, 0, device)
+        held_out, _ = sample_pairs(policy, tokenizer, prompts[1], args.held_out_pairs, args, 1, device)
+        lines = [json_line(prompt=p, chosen=c, rejected=r) for p, c, r in texts]
+        atomic_write(f"{args.out}/pairs.jsonl", "".join(lines).encode())
+    print(f"{len(train.tokens):,} + {len(held_out.tokens):,} pairs, {time.perf_counter() - clock:.0f} s, {device}, {dtype}")
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
+                                  fused=True)
+    per_epoch = max(1, len(train.tokens) // args.batch_size)
+    total, start, seconds = args.epochs * per_epoch, 0, 0.0
+    if args.resume:
+        state = checkpoint.load_state(f"{args.out}/state.pth", args, MADE_BY)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds = state["step"], state["seconds"]
+    write_run_record(args.log, args, device=str(device), dtype=dtype)
+    log = Log(args.log, COLUMNS, total, start, args.track, asdict(args))
+    interrupt = Interrupt()
+
+    def save(step):
+        checkpoint.save(f"{args.out}/state.pth", "state", model, tokenizer, optimizer=optimizer.state_dict(),
+                        step=step, seconds=seconds, args=asdict(args), threads=torch.get_num_threads())
+
+    for step in range(start, total + 1):
+        # ---- evaluate ----
+        clock = time.perf_counter()
+        row = {}
+        if step % args.eval_every == 0 or step == total:
+            save(step)
+            row, scores = evaluate(model, held_out, device, autocast)
+        if step == total:
+            log.write(step=step, seconds=seconds, **row)
+            break
+
+        # ---- update ----
+        warmup = max(1, int(args.warmup * total))
+        lr = args.lr * min((step + 1) / warmup, (total - step) / (total - warmup + 1))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        epoch, place = divmod(step, per_epoch)
+        order = torch.randperm(len(train.tokens), generator=step_generator(args.seed, 2 + epoch))
+        tokens, mask, pad = train.pick(order[place * args.batch_size:(place + 1) * args.batch_size])
+        with autocast():
+            score = model(tokens.to(device), mask.to(device), None if pad is None else pad.to(device))
+        chosen, rejected = score.view(-1, 2).unbind(1)  # (batch,)
+        loss = -F.logsigmoid(chosen - rejected).mean()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # ---- log ----
+        seconds += time.perf_counter() - clock
+        log.write(step=step, loss=loss, mean_r=score.mean(), accuracy=(chosen > rejected).float().mean(), lr=lr,
+                  grad_norm=grad_norm, seconds=seconds, peak_mem_mb=peak_mem_mb(device), **row)
+        if interrupt.asked:
+            save(step + 1)
+            log.close()
+            interrupt.leave(resume_command())
+    log.close()
+
+    # ---- normalise on π₀'s own answers, save ----
+    model.mean.copy_(scores.mean())
+    model.std.copy_(scores.std().clamp(min=1e-6))
+    checkpoint.save(f"{args.out}/reward.pth", "reward", model, tokenizer, pool=args.pool, mean=model.mean.item(),
+                    std=model.std.item(), judge="" if args.pairs else args.judge)
+    judged = f", {row['judge_accuracy']:.3f} against the judge on untied pairs" if "judge_accuracy" in row else ""
+    print(f"held-out accuracy {row['held_out_accuracy']:.3f} against the noisy labels{judged}; {seconds:.0f} s; "
+          f"wrote {args.out}/reward.pth and {args.log}")
+    return row
+
+
+def json_line(**row):
+    import json
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    main(parse(Args))

@@ -1,0 +1,203 @@
+"""PPO on text: a value network is the baseline, and the KL to π₀ is part of each token's reward (arXiv:1707.06347).
+
+The same banners in the same order as train_grpo.py: the diff between the two files is the lesson. Rollouts, reward, KL
+column and number of samples are GRPO's; RLHF details as in InstructGPT (arXiv:2203.02155).
+Left out: several processes, adaptive KL, a trunk shared by policy and critic.
+Run: python train_ppo.py
+"""
+import copy
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from grpo import kl_penalty
+from ppo import ValueModel, gae, masked_mean, ppo_policy_loss, value_loss, whiten
+from utils import checkpoint
+from utils.cli import Interrupt, at_least, die, parse, resume_command
+from utils.device import peak_mem_mb, pick_autocast, pick_device, write_run_record
+from utils.log import SHARED, Log
+from utils.rewards import JUDGES, distinct
+from utils.task import load_prompts, load_scorer, step_generator
+from utils.text import completions
+
+COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac", "ratio_max",
+           "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s", "peak_mem_mb", "explained_variance",
+           "value_loss", "value_clip_frac"]
+
+
+@dataclass
+class Args:
+    policy: str = "out/sft/policy.pth"  # π₀
+    reward: str = "model"  # model, sentiment, meter, or FILE.py:FUNCTION
+    reward_model: str = "out/reward/reward.pth"
+    gold: Literal[tuple(JUDGES)] = "sentiment"  # measured beside the reward, never trained on
+    data: str = "auto"  # where prompts come from, as in sft.py
+    prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
+    prompts_per_step: int = 16
+    group_size: int = 8  # answers to each prompt, so that rollouts are GRPO's; the advantage makes no use of groups
+    prompt_len: int = 32
+    max_new: int = 48
+    temperature: float = 1.0
+    epochs_per_rollout: int = 2
+    minibatches: int = 4  # optimizer steps an epoch
+    beta: float = 0.05  # weight of the KL penalty in the reward
+    eps: float = 0.2  # the policy's clip
+    gamma: float = 1.0
+    lam: float = 0.95
+    lr: float = 1e-4
+    value_lr: float = 5e-4
+    value_clip: float = 0.5  # in units of the reward
+    steps: int = 60
+    grad_clip: float = 1.0
+    eval_every: int = 20
+    eval_prompts: int = 64  # held-out ones
+    save_every: int = 20
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls in scoring and update; sampling is float32
+    seed: int = 0
+    log: str = "logs/ppo.csv"
+    out: str = "out/ppo"
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    resume: bool = False  # go on from --out
+
+
+def main(args):
+    # ---- set-up ----
+    at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3, epochs_per_rollout=1,
+             minibatches=1, beta=0.0, steps=1, eval_every=1, eval_prompts=1, save_every=1)
+    B, G = args.prompts_per_step, args.group_size
+    updates = args.epochs_per_rollout * args.minibatches
+    if B * G % args.minibatches:
+        die(f"--minibatches {args.minibatches} doesn't divide the {B * G} answers of a step")
+    device = pick_device(args.device)
+    autocast, dtype = pick_autocast(device, args.dtype)
+    torch.manual_seed(args.seed)
+    policy, tokenizer = checkpoint.load_policy(args.policy, device)
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    prompts, held_out = load_prompts(args.prompts, args.data, tokenizer, args.prompt_len)
+    P, T = prompts.tokens.shape[1], args.max_new
+    if P + T > policy.config.block_size:
+        die(f"prompts of {P} tokens + --max_new {T} don't fit the policy's context of {policy.config.block_size} tokens: "
+            "shorten one, or train π₀ with a larger --block_size")
+    score = load_scorer(args.reward, args.reward_model, args.policy, tokenizer, device)
+    critic = ValueModel(policy.config).to(device).eval()
+    critic.trunk.load_state_dict(policy.state_dict())
+    optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": args.lr},
+                                   {"params": critic.parameters(), "lr": args.value_lr}],
+                                  betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    start, seconds, samples, tokens_seen = 0, 0.0, 0, 0
+    if args.resume:
+        state = checkpoint.load_state(f"{args.out}/state.pth", args, "python train_ppo.py")
+        policy.load_state_dict(state["model"])
+        critic.load_state_dict(state["critic"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds, samples, tokens_seen = (state[k] for k in ("step", "seconds", "samples", "tokens"))
+    write_run_record(args.log, args, device=str(device), dtype=dtype)
+    log = Log(args.log, COLUMNS, args.steps, start, args.track, asdict(args))
+    interrupt = Interrupt()
+
+    def sample(asked, group_size, generator):
+        """Answers in float32: tokens (N, P + T), logp (N, T), mask (N, T), and their texts."""
+        pad = None if asked.pad is None else asked.pad.to(device)
+        tokens, logp, mask = policy.generate(asked.tokens.to(device), T, group_size, args.temperature,
+                                             stop=tokenizer.stops, generator=generator, pad=pad)
+        return tokens, logp, mask, completions(tokens[:, P:], mask, tokenizer)
+
+    def evaluate():
+        """Mean reward and gold score of one answer each to held-out prompts, always the same draws."""
+        asked = held_out.pick(torch.arange(len(held_out.texts))[:args.eval_prompts])
+        tokens, _, mask, texts = sample(asked, 1, step_generator(args.seed, 10**6))
+        return score(tokens, mask, asked, texts).mean(), JUDGES[args.gold](texts, asked.texts)
+
+    def save(step):
+        common = {"model": policy, "tokenizer": tokenizer}
+        checkpoint.save(f"{args.out}/policy.pth", "policy", **common)
+        checkpoint.save(f"{args.out}/state.pth", "state", **common, critic=critic.state_dict(),
+                        optimizer=optimizer.state_dict(), step=step, seconds=seconds, samples=samples,
+                        tokens=tokens_seen, args=asdict(args), threads=torch.get_num_threads())
+
+    for step in range(start, args.steps):
+        row = {}
+        if step % args.save_every == 0:
+            save(step)
+        if step % args.eval_every == 0:
+            row["eval_r"], gold = evaluate()
+            row["eval_gold"] = sum(gold) / len(gold)
+        clock = time.perf_counter()
+
+        # ---- rollout: G answers to each of B prompts ----
+        generator = step_generator(args.seed, step)
+        index = torch.randperm(len(prompts.texts), generator=generator)[:B]
+        if len(index) < B:
+            index = torch.randint(len(prompts.texts), (B,), generator=generator)
+        asked, asked_each = prompts.pick(index), prompts.pick(index, G)
+        tokens, logp_old, mask, texts = sample(asked, G, generator)
+        length = int(mask.any(0).sum())  # nothing was sampled behind the longest answer
+        tokens, logp_old, mask = tokens[:, :P + length], logp_old[:, :length], mask[:, :length]
+        pad = None if asked_each.pad is None else asked_each.pad.to(device)
+
+        # ---- reward: the score, on the last real token ----
+        reward = score(tokens, mask, asked_each, texts)  # (N,)
+
+        # ---- old and reference log-probabilities, and the values ----
+        with torch.no_grad(), autocast():
+            logp_ref, _ = ref.score(tokens, P, args.temperature, pad)
+            if dtype != "fp32":  # in float32 the sampler's own are these to 1e-5
+                logp_old, _ = policy.score(tokens, P, args.temperature, pad)
+            value_old = critic(tokens[:, :-1], pad)[:, P - 1:]  # (N, T)
+
+        # ---- advantage: what the value network didn't expect ----
+        per_token = -args.beta * (logp_old - logp_ref)
+        last = mask.sum(1, keepdim=True) - 1  # (N, 1)
+        per_token = per_token.scatter_add(1, last, reward.to(device)[:, None])
+        adv, returns = gae(per_token, value_old, mask, args.gamma, args.lam)
+        adv = whiten(adv, mask)
+
+        # ---- update ----
+        sums = {}
+        for epoch in range(args.epochs_per_rollout):
+            for rows in torch.randperm(B * G, generator=generator).chunk(args.minibatches):
+                rows = rows.to(device)
+                with autocast():
+                    logp, entropy = policy.score(tokens[rows], P, args.temperature, None if pad is None else pad[rows])
+                    value = critic(tokens[rows, :-1], None if pad is None else pad[rows])[:, P - 1:]
+                m = mask[rows]
+                loss, stats = ppo_policy_loss(logp, logp_old[rows], adv[rows], m, args.eps)
+                loss_v, stats_v = value_loss(value, value_old[rows], returns[rows], m, args.value_clip)
+                loss = loss + loss_v  # the two share no parameters: each has its own learning rate
+                loss.backward()
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
+                torch.nn.utils.clip_grad_norm_(critic.parameters(), args.grad_clip)
+                checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm, **stats)
+                optimizer.step()
+                optimizer.zero_grad()
+                stats |= stats_v | {"loss": loss.detach(), "grad_norm": grad_norm, "entropy": masked_mean(entropy, m),
+                                    "kl": masked_mean(kl_penalty(logp.detach(), logp_ref[rows]), m)}
+                ratio_max = max(sums.get("ratio_max", 0.0), stats.pop("ratio_max").item())
+                sums = {k: sums.get(k, 0.0) + v.item() / updates for k, v in stats.items()} | {"ratio_max": ratio_max}
+
+        # ---- log ----
+        elapsed = time.perf_counter() - clock
+        new_tokens = int(mask.sum())
+        seconds, samples, tokens_seen = seconds + elapsed, samples + B * G, tokens_seen + new_tokens
+        gold = JUDGES[args.gold](texts, asked_each.texts)
+        sums.pop("pg_loss")
+        log.write(step=step, mean_r=reward.mean(), token_adv=masked_mean(adv.abs(), mask), samples=samples, tokens=tokens_seen,
+                  seconds=seconds, gold=sum(gold) / len(gold), length=new_tokens / (B * G), distinct=distinct(texts),
+                  ref_logp=logp_ref[mask].mean(), frac_zero_std=(reward.view(B, G).std(1) == 0).float().mean() if G > 1 else None,
+                  tokens_per_s=new_tokens / elapsed, peak_mem_mb=peak_mem_mb(device), **sums, **row)
+        if interrupt.asked:
+            save(step + 1)
+            log.close()
+            interrupt.leave(resume_command())
+    save(args.steps)
+    log.close()
+    eval_r, gold = evaluate()
+    print(f"ppo: {args.steps} steps, {seconds:.0f} s; held-out reward {eval_r:.2f}, {args.gold} "
+          f"{sum(gold) / len(gold):.2f}; wrote {args.log} and {args.out}/policy.pth")
+
+
+if __name__ == "__main__":
+    main(parse(Args))

@@ -1,0 +1,101 @@
+"""Gold judges and reward functions: completions: list[str], prompts: list[str], **columns -> list[float].
+
+A gold judge stands for the human labeller: it labels pairs and measures; by default nothing trains on it. The signature is
+TRL's own, so a function works here and there.
+"""
+import functools
+import importlib.util
+import math
+import re
+import sys
+from pathlib import Path
+
+from utils.cli import die
+
+
+@functools.cache
+def vader():
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    return SentimentIntensityAnalyzer()
+
+
+@functools.lru_cache(maxsize=100_000)
+def sentiment_score(text):
+    return vader().polarity_scores(text)["compound"]
+
+
+def sentiment(completions, prompts, **columns):
+    """How glad the words are, -1 … 1: VADER's compound score, human-rated words (Hutto & Gilbert 2014)."""
+    return [sentiment_score(text) for text in completions]
+
+
+def syllables(word):
+    """Syllables by rule: vowel groups, less a silent e; right for most English words, not for all."""
+    word = word.lower().replace("'d", "d").replace("'", "")
+    groups = len(re.findall(r"[aeiouy]+", word))
+    silent = word.endswith("e") and not word.endswith(("le", "ee", "ye")) and groups > 1
+    silent_ed = word.endswith("ed") and not word.endswith(("ted", "ded", "eed")) and groups > 1
+    return max(1, groups - silent - silent_ed)
+
+
+def meter(completions, prompts, **columns):
+    """How near the lines are to ten syllables, 0 … 1: mean over lines of exp(-|syllables - 10| / 3)."""
+    def line(text):
+        return math.exp(-abs(sum(map(syllables, re.findall(r"[A-Za-z']+", text))) - 10) / 3)
+    lines = [[line(x) for x in text.split("\n") if x.strip()] for text in completions]
+    return [sum(x) / len(x) if x else 0.0 for x in lines]
+
+
+JUDGES = {"sentiment": sentiment, "meter": meter}
+
+
+def load_reward(spec):
+    """"sentiment", "meter" or "path/to/file.py:function" -> the function, its results checked at every call."""
+    if spec in JUDGES:
+        return JUDGES[spec]
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py"):
+        die(f"--reward {spec!r} is unknown: wanted model, {', '.join(JUDGES)} or FILE.py:FUNCTION")
+    if not Path(path).is_file():
+        die(f"--reward {spec}: no file {path}")
+    module_spec = importlib.util.spec_from_file_location("user_reward", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules["user_reward"] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises is the user's to see, with its place
+        die(f"--reward {spec}: importing {path} raised {describe(error)}")
+    if not callable(getattr(module, name, None)):
+        die(f"--reward {spec}: {path} has no function {name!r}")
+    return functools.partial(checked, getattr(module, name), spec)
+
+
+def checked(function, spec, completions, prompts, **columns):
+    try:
+        scores = function(completions=completions, prompts=prompts, **columns)
+    except Exception as error:
+        die(f"--reward {spec} raised {describe(error)}")
+    try:
+        values = [float(x) for x in scores]
+    except (TypeError, ValueError):
+        die(f"--reward {spec} returned {type(scores).__name__}: wanted a list of {len(completions)} numbers")
+    if len(values) != len(completions):
+        die(f"--reward {spec} returned {len(values)} numbers for {len(completions)} completions: wanted one each")
+    for value, text in zip(values, completions):
+        if not math.isfinite(value):
+            die(f"--reward {spec} returned {value} for {text[:40]!r}: wanted a finite number")
+    return values
+
+
+def describe(error):
+    frame = error.__traceback__
+    while frame.tb_next:
+        frame = frame.tb_next
+    return f"{type(error).__name__}: {error} ({Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno})"
+
+
+def distinct(completions):
+    """Share of distinct words in each answer's words, mean over answers that have any: falls when words are repeated."""
+    words = [re.findall(r"[a-z']+", text.lower()) for text in completions]
+    shares = [len(set(w)) / len(w) for w in words if w]
+    return sum(shares) / len(shares) if shares else float("nan")
