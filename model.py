@@ -1,6 +1,6 @@
 """GPT-2's architecture with a KV cache: samples groups of answers and scores them through one path.
 
-Source: Radford et al. 2019 (GPT-2); module names are those of transformers' GPT2LMHeadModel, so weights pass both ways.
+Radford et al. 2019 (GPT-2). Module names are those of transformers' GPT2LMHeadModel: weights pass both ways.
 Left out: rotary positions, grouped-query attention, sharding; paged caches belong in a server.
 Run: python sft.py (trains one), python sample.py (asks one)
 """
@@ -84,7 +84,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        std = 0.55 / math.sqrt(config.n_embd)  # GPT-2's 0.02 at its width of 768; a narrow model learns slowly from 0.02
+        std = 0.55 / math.sqrt(config.n_embd)  # GPT-2's 0.02 at its width of 768; too small for a narrow model
         for name, p in self.named_parameters():
             if p.dim() == 2:  # GPT-2: residual projections shrink with depth
                 depth = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
@@ -102,11 +102,12 @@ class GPT(nn.Module):
         if S > self.config.block_size:
             raise ValueError(f"{S} tokens don't fit the context of {self.config.block_size} (block_size)")
         position = torch.arange(t0, S, device=tokens.device)
-        attn_mask = None
-        if pad is not None:
+        attn_mask = None  # causal
+        if pad is not None or (t0 and T > 1):
+            pad = tokens.new_zeros(1) if pad is None else pad
             key = torch.arange(S, device=tokens.device)
             seen = (key >= pad[:, None, None]) & (key <= position[:, None])
-            attn_mask = (seen | (key == position[:, None]))[:, None]  # padding sees itself: a row of -inf is NaN
+            attn_mask = (seen | (key == position[:, None]))[:, None]  # padding sees itself: an empty row may be NaN
             position = (position - pad[:, None]).clamp(min=0)
         x = F.dropout(self.wte(tokens) + self.wpe(position), self.config.dropout, self.training)
         for i, block in enumerate(self.h):
@@ -135,23 +136,23 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top_p=1.0, stop=(),
                  generator=None, uniforms=None, pad=None):
-        """G answers to each of B prompts: prompt (B, P) -> tokens (B·G, P + T), logp (B·G, T), mask (B·G, T), T = max_new.
+        """G answers to each of B prompts: (B, P) -> tokens (B·G, P + T), logp (B·G, T), mask (B·G, T), T = max_new.
 
-        stop: token sequences that end an answer; they are part of it (mask is True) and what follows is not. Each
-        prompt is prefilled once and its keys and values expanded to the group. The draw is inverse-CDF: action =
+        stop: token sequences that end an answer; they are part of it (mask is True) and what follows is not.
+        Each prompt is prefilled once and its keys and values expanded to the group. The draw is inverse-CDF: the
         first token whose cumulative probability exceeds uniforms (B·G, T), drawn from `generator` unless given.
         logp is that of the distribution sampled from: temperature, then top_k, then top_p.
         """
         (B, P), device, N = prompt.shape, prompt.device, prompt.shape[0] * group_size
         if P + max_new > self.config.block_size:
-            raise ValueError(f"prompt {P} + max_new {max_new} tokens don't fit the context of {self.config.block_size}")
+            raise ValueError(f"prompt {P} + max_new {max_new} don't fit the context of {self.config.block_size}")
         if uniforms is None:
             uniforms = torch.rand(N, max_new, generator=generator).to(device)
         shape = (self.config.n_head, P + max_new, self.config.n_embd // self.config.n_head)
         dtype = self.wte.weight.dtype
         small = [[torch.empty(B, *shape, dtype=dtype, device=device) for _ in "kv"] for _ in self.h]
         hidden = self.hidden(prompt, pad, small)[:, -1]
-        cache = [[x.repeat_interleave(group_size, 0) for x in layer] for layer in small] if group_size > 1 else small
+        cache = [[x.repeat_interleave(group_size, 0) for x in layer] for layer in small]
         hidden, prompt = hidden.repeat_interleave(group_size, 0), prompt.repeat_interleave(group_size, 0)
         pad = None if pad is None else pad.repeat_interleave(group_size, 0)
 
@@ -176,7 +177,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def from_pretrained(source):
-        """GPT-2 weights from a folder in transformers' format, or by name ("gpt2", "gpt2-xl") from its cache or hub."""
+        """GPT-2 weights: a folder in transformers' format, or a name ("gpt2", "gpt2-xl") in its cache or hub."""
         safetensors = need("safetensors.torch", "hf")
         folder = Path(source)
         if not folder.is_dir():
@@ -190,15 +191,18 @@ class GPT(nn.Module):
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 die(f"{folder} has no {name}: wanted a folder that transformers' save_pretrained wrote.")
-        c = json.loads((folder / "config.json").read_text())
-        odd = [k for k in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn") if c.get(k)]
-        if c.get("model_type") != "gpt2" or c.get("activation_function", "gelu_new") != "gelu_new" or odd:
-            die(f"{folder}/config.json is not a plain GPT-2 ({c.get('model_type')!r}, {odd}): wanted model_type gpt2.")
-        model = GPT(GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"]))
-        weights = {k.removeprefix("transformer."): w for k, w in
-                   safetensors.load_file(folder / "model.safetensors").items()}
-        state = {k: (weights[k].T if transposed(k) else weights[k]) for k in model.state_dict() if k in weights}
-        model.load_state_dict(state)
+        try:
+            c = {**PLAIN, **json.loads((folder / "config.json").read_text())}
+            odd = [f"{k}={c[k]!r}" for k, v in PLAIN.items() if c[k] != v]
+            if c["model_type"] != "gpt2" or odd:
+                die(f"{folder}/config.json is not a plain GPT-2: model_type {c['model_type']!r} {' '.join(odd)}")
+            model = GPT(GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"]))
+            weights = {k.removeprefix("transformer."): w for k, w in
+                       safetensors.load_file(folder / "model.safetensors").items()}
+            model.load_state_dict({k: weights[k].T if transposed(k) else weights[k] for k in model.state_dict()})
+        except Exception as error:  # damaged JSON, a truncated or foreign safetensors file, weights that don't fit
+            die(f"{folder} can't be read as GPT-2 ({type(error).__name__}: {str(error)[:80]}): wanted a whole "
+                "config.json and model.safetensors that belong together.")
         return model
 
     def export_hf(self, folder):
@@ -215,6 +219,12 @@ class GPT(nn.Module):
         atomic_write(Path(folder) / "model.safetensors", safetensors.save(weights, {"format": "pt"}))
 
 
+PLAIN = {  # what this file computes; a config that differs here is refused, not approximated
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "n_inner": None,
+    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
+}
+
+
 def transposed(name):  # transformers keeps GPT-2's projections as (in, out)
     return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
 
@@ -227,11 +237,13 @@ def sampling_logp(logits, top_k=0, top_p=1.0):
     if top_p < 1.0:
         ordered, index = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = ordered.masked_fill(before > top_p, -torch.inf).gather(-1, index.argsort(-1))
+        drop = (before >= top_p) & (before > 0)  # the smallest set that holds top_p, and never an empty one
+        logits = ordered.masked_fill(drop, -torch.inf).gather(-1, index.argsort(-1))
     return logits.log_softmax(-1)
 
 
 def inverse_cdf(logp, u):
-    """First token whose cumulative probability exceeds u: (N, V), (N,) in [0, 1) -> (N,). float64: no ties at the end."""
+    """First token whose cumulative probability exceeds u: (N, V), (N,) in [0, 1) -> (N,); float64 for the tail."""
     cdf = logp.double().exp().cumsum(-1)
-    return torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logp.shape[-1] - 1)
+    action = torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return action.clamp(max=logp.shape[-1] - 1)

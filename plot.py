@@ -93,8 +93,7 @@ def read_csv(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose data
-            frame = pd.read_csv(path, encoding="utf-8-sig", index_col=False, compression=None,
-                                skipinitialspace=True)
+            frame = pd.read_csv(path, index_col=False, compression=None)
     except OSError as error:
         die(f"can't read {path}: {error.strerror or error}")
     except pd.errors.EmptyDataError:
@@ -172,12 +171,11 @@ def collect(runs, metrics, x="step", smooth=1, optional=False):
 
 
 # ---- curves -> figure ----
-def draw(fig, found, title="", x="step", note=""):
+def draw(fig, runs, found, title="", x="step", note=""):
     """Draws what `collect` found: a panel a metric, one legend above them, one label of x below."""
     from matplotlib.lines import Line2D
-    seeds = {name: len(curves) for drawn in found.values() for name, curves in drawn.items()}
     styles = {name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 5], "marker": MARKERS[i % 6]}
-              for i, name in enumerate(seeds)}
+              for i, name in enumerate(runs)}
     columns = len(found) if len(found) < 4 else 2 if len(found) == 4 else 3
     rows = -(-len(found) // columns)
     width, height = (6.4, 3.9) if len(found) == 1 else (3.5 * columns, 2.5 * rows + 0.6)
@@ -186,11 +184,12 @@ def draw(fig, found, title="", x="step", note=""):
     for i, (metric, drawn) in enumerate(found.items()):
         ax = fig.add_subplot(rows, columns, i + 1, ylabel=LABELS.get(metric, metric))
         for name, curves in drawn.items():
-            draw_run(ax, curves, styles[name], list(seeds).index(name) / len(seeds))
+            draw_run(ax, curves, styles[name], list(runs).index(name) / len(runs))
         round_ticks(ax, x)
     fig.align_ylabels()
     fig.supxlabel(LABELS.get(x, x).replace("\n", " ") + note, fontsize=STYLE["axes.labelsize"])
-    names = [f"{name} (mean ± std of {n} seeds)" if n > 1 else name for name, n in seeds.items()]
+    names = [f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name
+             for name, frames in runs.items()]
     fit = int(width * 13 / (max(map(len, names)) + 9))  # 13 characters an inch, 9 for a handle and a gap
     fig.legend([Line2D([], [], markersize=4, **style) for style in styles.values()], names, alignment="left",
                loc="outside upper left", ncols=max(1, min(fit, len(names))), borderaxespad=0.2, borderpad=0.2,
@@ -233,11 +232,12 @@ def plot_panels(files, metrics, output=None, x="step", smooth=1, title="", dpi=1
     from matplotlib.figure import Figure
     if output and Path(output).suffix.lower() not in FORMATS:
         die(f"--output {output}: the name must end in one of {', '.join(FORMATS)}")
-    found = collect(read_runs(files), metrics, x, smooth, optional)
+    runs = read_runs(files)
+    found = collect(runs, metrics, x, smooth, optional)
     with matplotlib.rc_context(STYLE):
         window = None if output else open_window()
         fig = window or Figure()  # pyplot picks a backend for the whole process: only for a window
-        draw(fig, found, title, x, f" · moving average of {smooth}" if smooth > 1 else "")
+        draw(fig, runs, found, title, x, f" · moving average of {smooth}" if smooth > 1 else "")
         if window:
             import matplotlib.pyplot as plt
             plt.show()

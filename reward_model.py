@@ -10,6 +10,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import utils  # before torch: it sets how OpenMP's threads wait
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

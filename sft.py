@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import utils  # before torch: it sets how OpenMP's threads wait
+
 import torch
 import torch.nn.functional as F
 

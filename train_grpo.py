@@ -9,6 +9,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import utils  # before torch: it sets how OpenMP's threads wait
+
 import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss

@@ -344,10 +344,11 @@ def test_half_precision_is_promoted(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     logp, old, ref, adv, mask = batch(2, 3, 4)
     half = [x.detach().to(dtype) for x in (logp, old, ref, adv)]
-    loss, grad, stats = loss_and_grad(*half, mask, OBJECTIVES["grpo"])
-    want, want_grad, _ = loss_and_grad(*(x.to(wide) for x in half), mask, OBJECTIVES["grpo"])
-    assert loss.dtype == wide and loss == want and all(x.dtype == wide for x in stats.values())
-    assert grad.dtype == dtype and torch.equal(grad, want_grad.to(dtype))
+    for o in OBJECTIVES.values():
+        loss, grad, stats = loss_and_grad(*half, mask, o)
+        want, want_grad, _ = loss_and_grad(*(x.to(wide) for x in half), mask, o)
+        assert loss.dtype == wide and loss == want and all(x.dtype == wide for x in stats.values())
+        assert grad.dtype == dtype and torch.equal(grad, want_grad.to(dtype))
     assert group_advantage(half[3]).dtype == wide
     assert torch.equal(group_advantage(half[3]), group_advantage(half[3].to(wide)))
 
@@ -408,6 +409,7 @@ def test_what_is_behind_the_mask_changes_nothing(case, junk):
     loss, grad, stats = loss_and_grad(*scored, adv, mask, o)
     assert loss.isfinite() and grad.isfinite().all() and (grad[~mask] == 0).all()
     dirty = [x.detach().masked_fill(~mask, junk) for x in scored]
+    adv = adv.masked_fill(~mask.any(2), junk)  # of an empty answer
     got, got_grad, got_stats = loss_and_grad(*dirty, adv, mask, o)
     assert got == loss and torch.equal(got_grad, grad) and got_stats == stats
     got, got_grad, _ = loss_and_grad(dirty[0], *scored[1:], adv, mask.double(), o)  # one side; a float mask

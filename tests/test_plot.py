@@ -4,7 +4,6 @@ import os
 import struct
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,8 @@ def write(path, **columns):
 def drawn(files, *metrics, x="step", smooth=1, optional=False, title=""):
     """The figure as draw() leaves it, before any file."""
     from matplotlib.figure import Figure
-    fig = Figure()
-    plot.draw(fig, plot.collect(plot.read_runs(files), metrics, x, smooth, optional), title, x)
+    fig, runs = Figure(), plot.read_runs(files)
+    plot.draw(fig, runs, plot.collect(runs, metrics, x, smooth, optional), title, x)
     return fig
 
 
@@ -289,10 +288,10 @@ def test_axes_have_units(tmp_path):
 
 
 def test_names_with_mathematical_signs_are_plain_text(tmp_path):
-    a = write(tmp_path / "$x^{.csv", **{"step": [0, 1], "$\\frac": [1, 2]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert plot.plot_metric([a], "$\\frac", tmp_path / "f.png", title="$_{", dpi=30).is_file()
+    a = write(tmp_path / "$x^{$.csv", **{"step": [0, 1], "$\\frac$": [1, 2]})
+    fig = drawn([a], "$\\frac$")
+    assert fig.legends[0].get_texts()[0].get_text() == "$x^{$" and fig.axes[0].get_ylabel() == "$\\frac$"
+    assert plot.plot_metric([a], "$\\frac$", tmp_path / "f.png", title="$_{$", dpi=30).is_file()
 
 
 # ---- panels ----
@@ -303,6 +302,9 @@ def test_grid_is_the_overview_in_its_order_and_leaves_out_what_no_run_measured(t
     assert [lines(ax)[0][1][0] for ax in axes] == [0, 1, 2, 3, 4, 5]
     assert plot.GRID == ["mean_r", "gold", "kl", "entropy", "loss", "length"]
     assert [len(lines(ax)) for ax in drawn([full, sft], *plot.GRID, optional=True).axes] == [1, 1, 1, 1, 2, 1]
+    late = drawn([sft, full], *plot.GRID, optional=True)  # the order is the grid's, whichever run comes first
+    assert [ax.get_ylabel() for ax in late.axes] == [plot.LABELS.get(m, m) for m in plot.GRID]
+    assert [t.get_text() for t in late.legends[0].get_texts()] == ["sft", "grpo"]
     assert [ax.get_ylabel() for ax in drawn([sft], *plot.GRID, optional=True).axes] == ["loss"]
 
 
@@ -327,13 +329,13 @@ def test_metrics_of_the_command_line(tmp_path, monkeypatch, capsys, words, panel
     for name in "ab":
         write(Path(f"{name}.csv"), step=[0, 1], mean_r=[1, 2], gold=[1, 2], kl=[1, 2])
     seen = []
-    monkeypatch.setattr(plot, "draw", lambda fig, found, *rest: (DRAW(fig, found, *rest), seen.extend(found)))
+    monkeypatch.setattr(plot, "draw", lambda *given: (DRAW(*given), seen.extend(given[2])))
     run_main(monkeypatch, *words, "--output", "f.png", "--dpi", "30")
     assert seen == panels and capsys.readouterr().out == "f.png\n" and png_size("f.png")
 
 
 # ---- files and windows ----
-@pytest.mark.parametrize("backend", [{}, {"MPLBACKEND": "TkAgg"}])
+@pytest.mark.parametrize("backend", [{}, {"MPLBACKEND": "module://not_installed"}])
 def test_without_display_the_readme_command_writes_a_png_beside_the_first_csv(tmp_path, backend):
     for name in ("grpo", "ppo"):
         write(tmp_path / "logs" / f"{name}.csv", step=[0, 1, 2], mean_r=[0, 1, 3])
@@ -468,6 +470,16 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, caps
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert all(part in err for part in says), err
     assert sorted(Path(".").rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.csv.gz", "a.csv.xz"])
+def test_a_name_that_looks_compressed_is_read_as_it_is(tmp_path, capsys, name):
+    path = write(tmp_path / name, step=[0, 1], kl=[3, 4])
+    same(plot.curve(plot.read_runs([path])[path.stem][0], "kl"), [0, 1], [3, 4])
+    path.write_bytes(b"PK\x03\x04\xff\xfe")
+    with pytest.raises(SystemExit) as left:
+        plot.read_runs([path])
+    assert left.value.code == 2 and "is no CSV" in capsys.readouterr().err
 
 
 def test_a_second_file_that_is_bad_is_named(tmp_path, capsys):

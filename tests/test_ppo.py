@@ -90,15 +90,15 @@ def test_padding_does_not_leak(N, T, seed):
 # ---- the losses ----
 def test_policy_loss_by_hand():
     """Six real tokens, two of them clipped: loss, gradient -r·Â/6 where the clip is silent, and the stats."""
-    ratio = torch.tensor([[1.0, 1.5, 0.5, 9.0], [1.5, 0.5, 1.1, 9.0]], dtype=torch.float64)
+    ratio = torch.tensor([[1.0, 1.5, 0.9, 9.0], [1.5, 0.5, 1.1, 9.0]], dtype=torch.float64)
     adv = torch.tensor([[2.0, 1.0, 1.0, 5.0], [-1.0, -1.0, -3.0, 5.0]], dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0]])
     old = torch.full_like(ratio, -2.0)
     logp = (old + ratio.log()).requires_grad_()
     loss, stats = ppo_policy_loss(logp, old, adv, mask, eps=0.2)
-    assert loss.item() == pytest.approx(-(2.0 + 1.2 + 0.5 - 1.5 - 0.8 - 3.3) / 6)
+    assert loss.item() == pytest.approx(-(2.0 + 1.2 + 0.9 - 1.5 - 0.8 - 3.3) / 6)
     grad = torch.autograd.grad(loss, logp)[0] * -6
-    assert grad.flatten().tolist() == pytest.approx([2.0, 0, 0.5, 0, -1.5, 0, -3.3, 0])
+    assert grad.flatten().tolist() == pytest.approx([2.0, 0, 0.9, 0, -1.5, 0, -3.3, 0])
     want = {"clip_frac": 2 / 6, "ratio_max": 1.5, "pg_loss": loss.item()}
     assert {k: v.item() for k, v in stats.items()} == pytest.approx(want)
 
@@ -138,7 +138,7 @@ def test_explained_variance_by_hand():
     returns, mask = torch.tensor([[1.0, 2.0, 3.0, 99.0]]), torch.tensor([[1, 1, 1, 0]])
     for value, want in ((returns, 1.0), (returns + 7, 1.0), (returns * 0 + 5, 0.0), (returns * 2, 0.0),
                         (returns / 2, 0.75), (-returns, -3.0)):
-        stats = value_loss(value, value, returns, mask)[1]
+        stats = value_loss(0 * value, value, returns, mask)[1]  # of V_old, what the rollout saw
         assert stats["explained_variance"].item() == pytest.approx(want, abs=1e-6)
     assert explained_variance(returns, torch.ones_like(returns), mask).isnan()
 

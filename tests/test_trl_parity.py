@@ -52,7 +52,7 @@ def batch(seed):
     g = torch.Generator().manual_seed(seed)
     logp = -3 * torch.rand(3, G, T, generator=g, dtype=torch.float64)
     old, ref = (logp + 0.3 * torch.randn(3, G, T, generator=g, dtype=torch.float64) for _ in range(2))
-    mask = torch.arange(T) < torch.randint(1, T + 1, (3, G, 1), generator=g)
+    mask = torch.arange(T) < torch.randint(0, T + 1, (3, G, 1), generator=g)  # 0: an empty answer
     adv = group_advantage(torch.tensor(REWARDS, dtype=torch.float64).view(3, G))
     return logp.requires_grad_(), old, ref, adv, mask
 

@@ -29,6 +29,8 @@ class Tokenizer:
             self.encoding = tiktoken.Encoding("nanogrpo", pat_str=PATTERN, mergeable_ranks=ranks,
                                               special_tokens={BLANK_LINE: len(ranks)})
             self.vocab_size, self.stops = len(ranks) + 1, [(len(ranks),)]
+        elif name != "gpt2":
+            die(f"tokenizer {name!r} is unknown: wanted bpe, char or gpt2")
         else:  # tiktoken's own: the corpus writes the blank line as two tokens, the model may say it as one
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
@@ -43,7 +45,8 @@ class Tokenizer:
             if unknown:
                 die(f"the char tokenizer has never seen {unknown[:5]}: use text in the corpus's characters, or bpe")
             return [self.ids[c] for c in text]
-        return self.encoding.encode(text, allowed_special={BLANK_LINE} if self.name == "bpe" else set())
+        special = {BLANK_LINE} if self.name == "bpe" else set()
+        return self.encoding.encode(text, allowed_special=special, disallowed_special=())
 
     def decode(self, ids):
         if self.name == "char":
@@ -73,7 +76,7 @@ def train_tokenizer(name, text, vocab_size=1024):
 
 def train_bpe(text, size):
     """The byte strings of a byte-level BPE in rank order: 256 bytes, then the most frequent neighbour again and again."""
-    pieces = Counter(regex.findall(PATTERN, text.replace(BLANK_LINE, "")))
+    pieces = Counter(regex.findall(PATTERN, text))
     words = [([bytes([b]) for b in piece.encode()], count) for piece, count in pieces.items()]
     pairs, where = Counter(), defaultdict(set)  # how often a pair stands, and in which words
     for w, (word, count) in enumerate(words):

@@ -1,0 +1,146 @@
+"""The whole pipeline on a laptop: corpus -> π₀ -> preferences -> reward model -> GRPO and PPO -> curves and samples.
+
+Every stage is a command of this repository, printed before it runs, so that you can run it yourself. What is done stays
+done: a second run reuses it, a broken one goes on where it stopped, --fresh begins anew.
+Left out: tuning (results/sweep.csv has it), seeds (results/ has three).
+Run: python rlhf_demo.py
+"""
+import csv
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import utils  # before torch: it sets how OpenMP's threads wait
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from plot import plot_metric, plot_panels
+from utils import checkpoint
+from utils.cli import at_least, parse
+from utils.device import pick_device
+from utils.rewards import JUDGES
+from utils.task import load_prompts, load_scorer, sample_texts
+from utils.text import load_corpus
+
+ROOT = Path(__file__).parent
+
+
+@dataclass
+class Args:
+    data: str = "auto"  # auto (Tiny Shakespeare, or the offline play), shakespeare, play, or a text file
+    steps: int = 60  # of GRPO and of PPO: the same number of samples
+    sft_steps: int = 0  # 0: 900, or 300 on a text under 300,000 characters, which would be learnt by heart
+    eval_prompts: int = 256  # held-out prompts behind the table
+    seed: int = 0
+    device: str = "auto"
+    fresh: bool = False  # begin anew, whatever is cached in out/ and logs/
+
+
+def finished(log, total):
+    """Whether the CSV's last row is that of the last step."""
+    with open(log, newline="") as file:
+        rows = list(csv.reader(file))
+    return len(rows) > 1 and int(rows[-1][0]) >= total
+
+
+def run(script, output, inputs, last_step, args, *flags):
+    """Runs a stage unless the same command has already made `output` from these inputs; resumes it if it broke off."""
+    name = Path(output).parts[1]
+    command = ["python", script, *map(str, flags), "--seed", str(args.seed), "--device", args.device]
+    shown = " ".join(command)
+    record, state = Path(f"logs/{name}.json"), Path(f"out/{name}/state.pth")
+    same = not args.fresh and record.is_file() and Path(f"logs/{name}.csv").is_file() and \
+        json.loads(record.read_text())["command"].removesuffix(" --resume") == shown and \
+        all(state.is_file() and state.stat().st_mtime >= Path(i).stat().st_mtime for i in inputs)
+    if same and Path(output).is_file() and finished(f"logs/{name}.csv", last_step):
+        print(f"\n$ {shown}\ncached: {output}")
+        return
+    if same and state.is_file():
+        command.append("--resume")
+    print(f"\n$ {' '.join(command)}", flush=True)
+    stage = subprocess.run([sys.executable, *command[1:]])
+    if stage.returncode:
+        if stage.returncode == 130:
+            print("the demo goes on with: python rlhf_demo.py")
+        raise SystemExit(stage.returncode)
+
+
+@torch.no_grad()
+def measure(policy, ref, tokenizer, prompts, score, seed):
+    """What the table says of a policy: one answer to each held-out prompt, the same random numbers for all policies."""
+    tokens, _, mask, texts = sample_texts(policy, tokenizer, prompts, 48, seed=seed)
+    P = prompts.tokens.shape[1]
+    logp, entropy = policy.score(tokens, P)
+    d = ref.score(tokens, P)[0] - logp
+    gold = JUDGES["sentiment"](texts, prompts.texts)
+    return {"score": score(tokens, mask, prompts, texts).mean().item(), "gold": sum(gold) / len(gold),
+            "kl": (torch.expm1(d) - d)[mask].mean().item(), "entropy": entropy[mask].mean().item(),
+            "length": mask.sum(1).float().mean().item()}, texts
+
+
+def cost(name):
+    """(seconds, peak MB) from a stage's CSV."""
+    with open(f"logs/{name}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return float(rows[-1]["seconds"]), max(float(row["peak_mem_mb"] or 0) for row in rows)
+
+
+def main(args):
+    at_least(args, steps=1, sft_steps=0, eval_prompts=4)
+    began = time.perf_counter()
+    text, source = load_corpus(args.data)
+    data = "shakespeare" if source == "tinyshakespeare" else "play" if source == "bell_of_merrow.txt" else args.data
+    sft_steps = args.sft_steps or (900 if len(text) > 300_000 else 300)
+    policy, reward = "out/sft/policy.pth", "out/reward/reward.pth"
+
+    # ---- the pipeline: four commands ----
+    run("sft.py", policy, [], sft_steps, args, "--data", data, "--steps", sft_steps)
+    run("reward_model.py", reward, [policy], 1, args, "--data", data)
+    for name in ("grpo", "ppo"):
+        run(f"train_{name}.py", f"out/{name}/policy.pth", [policy, reward], args.steps - 1, args, "--data", data,
+            "--steps", args.steps)
+
+    # ---- the table: three policies, the same held-out prompts ----
+    device = pick_device(args.device)
+    ref, tokenizer = checkpoint.load_policy(policy, device)
+    score = load_scorer("model", reward, policy, tokenizer, device)
+    prompts = load_prompts("", data, tokenizer, 32)[1]
+    order = torch.randperm(len(prompts.texts), generator=torch.Generator().manual_seed(args.seed))
+    prompts = prompts.pick(order[:args.eval_prompts])
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    table = Table(title=f"{len(prompts.texts)} held-out prompts of {source}, one answer each")
+    for column in ("", "reward-model score", "gold (sentiment)", "KL to π₀, nats/token", "entropy, nats", "length, tokens",
+                   "seconds", "peak MB"):
+        table.add_column(column, justify="left" if not column else "right")
+    answers = {}
+    for label, name in (("π₀", "sft"), ("GRPO", "grpo"), ("PPO", "ppo")):
+        model = checkpoint.load_policy(f"out/{name}/policy.pth", device)[0]
+        m, answers[label] = measure(model, ref, tokenizer, prompts, score, args.seed)
+        seconds, peak = cost(name)
+        table.add_row(label, f"{m['score']:+.2f}", f"{m['gold']:+.2f}", f"{m['kl']:.3f}", f"{m['entropy']:.2f}",
+                      f"{m['length']:.1f}", f"{seconds:.0f}", f"{peak:.0f}")
+
+    # ---- samples: the same four prompts, never chosen ----
+    side = Table(title="the first four of these prompts", show_lines=True)
+    for column in ("prompt", *answers):
+        side.add_column(column, ratio=1)
+    for i in range(4):
+        side.add_row(prompts.texts[i].splitlines()[-1], *(answers[label][i] for label in answers))
+    console.print(side, markup=False)
+    console.print(table)
+
+    # ---- figures ----
+    files = ["logs/grpo.csv", "logs/ppo.csv"]
+    for metric, name in (("mean_r", "reward"), ("kl", "kl"), ("entropy", "entropy"), ("loss", "loss")):
+        print(f"figure: {plot_metric(files, metric, f'logs/{name}_comparison.png')}")
+    print(f"figure: {plot_panels(files, ['mean_r', 'gold', 'kl', 'entropy', 'loss', 'length'], 'logs/overview.png')}")
+    print(f"done in {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main(parse(Args))

@@ -1,0 +1,57 @@
+"""Answers of any text policy of this repository: π₀, GRPO's, PPO's.
+
+Top-k and top-p (arXiv:1904.09751) live here and not in RL, where a token that leaves the kept set has log-probability -∞.
+Left out: chat templates, batching of different starts.
+Run: python sample.py --policy out/sft/policy.pth --start "ROMEO:\\n" --num_samples 5 --temperature 0.8 --top_k 40 --seed 1
+"""
+from dataclasses import dataclass
+
+import utils  # before torch: it sets how OpenMP's threads wait
+
+import torch
+
+from utils import checkpoint
+from utils.cli import at_least, die, parse
+from utils.device import pick_device
+from utils.text import completions
+
+
+@dataclass
+class Args:
+    policy: str = "out/sft/policy.pth"
+    start: str = "\\n"  # the prompt; \n stands for a new line
+    num_samples: int = 5
+    max_new: int = 0  # 0: as many as the context holds
+    temperature: float = 0.8  # 0: the most probable token, always
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    stop: bool = True  # end an answer at the blank line; --no-stop writes on
+    seed: int = 0
+    device: str = "auto"
+
+
+def main(args):
+    at_least(args, num_samples=1, max_new=0, temperature=0.0, top_k=0)
+    if not 0 < args.top_p <= 1:
+        die(f"--top_p {args.top_p}: wanted a share in (0, 1]")
+    device = pick_device(args.device)
+    policy, tokenizer = checkpoint.load_policy(args.policy, device)
+    start = args.start.replace("\\n", "\n")
+    ids = tokenizer.encode(start)
+    context = policy.config.block_size
+    if not ids:
+        die("--start is empty: wanted at least one character, for example 'ROMEO:\\n'")
+    max_new = args.max_new or context - len(ids)
+    if len(ids) + max_new > context or max_new < 1:
+        die(f"--start of {len(ids)} tokens + --max_new {args.max_new} don't fit the context of {context} tokens")
+    greedy = args.temperature == 0
+    tokens, _, mask = policy.generate(
+        torch.tensor([ids], device=device), max_new, args.num_samples, 1.0 if greedy else args.temperature,
+        1 if greedy else args.top_k, args.top_p, tokenizer.stops if args.stop else (),
+        torch.Generator().manual_seed(args.seed))
+    texts = completions(tokens[:, len(ids):], mask, tokenizer)
+    print("\n---\n".join(start + text for text in texts))
+
+
+if __name__ == "__main__":
+    main(parse(Args))
