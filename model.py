@@ -26,9 +26,10 @@ class GPTConfig:
     dropout: float = 0.0
 
 
-SIZES = {  # name: layers, heads, width; "nano" trains in minutes on a laptop, the last four are OpenAI's
+SIZES = {  # name: (layers, heads, width); "nano" trains in minutes on a laptop, the last four are OpenAI's
     "nano": (4, 4, 128), "micro": (6, 6, 192), "mini": (6, 6, 384), "small": (8, 8, 512),
-    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
+    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
 }
 
 
@@ -84,9 +85,10 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        std = 0.55 / math.sqrt(config.n_embd)  # GPT-2's 0.02 at its width of 768; too small for a narrow model
+        # GPT-2's std is 0.02 at any width: what this gives for 768, but too little for a narrow model
+        std = 0.55 / math.sqrt(config.n_embd)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # GPT-2: residual projections shrink with depth
+            if p.dim() == 2:  # as in GPT-2, what is added to the residual stream shrinks with depth
                 depth = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(p, std=std / depth)
             elif name.endswith("bias"):
@@ -96,7 +98,8 @@ class GPT(nn.Module):
         """tokens (N, T) at positions t0 … t0 + T - 1 -> last hidden states (N, T, C).
 
         pad (N,): how many tokens on the left of each row are padding; they are never attended to.
-        cache: per layer a pair (N, heads, S, head_dim) of keys and values, filled up to t0, written from there on.
+        cache: per layer a pair (N, heads, S, head_dim) of keys and values, already filled up to t0;
+        those of `tokens` are written behind. S is at least t0 + T.
         """
         T, S = tokens.shape[1], t0 + tokens.shape[1]
         if S > self.config.block_size:
@@ -107,7 +110,8 @@ class GPT(nn.Module):
             pad = tokens.new_zeros(1) if pad is None else pad
             key = torch.arange(S, device=tokens.device)
             seen = (key >= pad[:, None, None]) & (key <= position[:, None])
-            attn_mask = (seen | (key == position[:, None]))[:, None]  # padding sees itself: an empty row may be NaN
+            # padding sees itself: a softmax over nothing would be NaN
+            attn_mask = (seen | (key == position[:, None]))[:, None]  # (N or 1, 1, T, S)
             position = (position - pad[:, None]).clamp(min=0)
         x = F.dropout(self.wte(tokens) + self.wpe(position), self.config.dropout, self.training)
         for i, block in enumerate(self.h):
@@ -136,16 +140,18 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top_p=1.0, stop=(),
                  generator=None, uniforms=None, pad=None):
-        """G answers to each of B prompts: (B, P) -> tokens (B·G, P + T), logp (B·G, T), mask (B·G, T), T = max_new.
+        """G answers to each of B prompts: (B, P) -> tokens (B·G, P + T), logp and mask (B·G, T); T = max_new.
 
         stop: token sequences that end an answer; they are part of it (mask is True) and what follows is not.
-        Each prompt is prefilled once and its keys and values expanded to the group. The draw is inverse-CDF: the
-        first token whose cumulative probability exceeds uniforms (B·G, T), drawn from `generator` unless given.
+        Each prompt is prefilled once, its keys and values copied to its group. The draw is inverse-CDF: the
+        first token whose cumulative probability exceeds a number of uniforms (B·G, T), which come from
+        `generator` unless given.
         logp is that of the distribution sampled from: temperature, then top_k, then top_p.
         """
         (B, P), device, N = prompt.shape, prompt.device, prompt.shape[0] * group_size
         if P + max_new > self.config.block_size:
-            raise ValueError(f"prompt {P} + max_new {max_new} don't fit the context of {self.config.block_size}")
+            raise ValueError(f"prompt {P} + max_new {max_new} don't fit the context of "
+                             f"{self.config.block_size} (block_size)")
         if uniforms is None:
             uniforms = torch.rand(N, max_new, generator=generator).to(device)
         shape = (self.config.n_head, P + max_new, self.config.n_embd // self.config.n_head)
@@ -177,17 +183,17 @@ class GPT(nn.Module):
 
     @staticmethod
     def from_pretrained(source):
-        """GPT-2 weights: a folder in transformers' format, or a name ("gpt2", "gpt2-xl") in its cache or hub."""
+        """GPT-2's weights: a folder in transformers' format, or a name ("gpt2") in the hub or its cache."""
         safetensors = need("safetensors.torch", "hf")
         folder = Path(source)
         if not folder.is_dir():
             hub = need("huggingface_hub", "hf")
+            wanted = ["config.json", "model.safetensors"]
             try:
-                folder = Path(hub.snapshot_download(source, allow_patterns=["config.json", "model.safetensors"],
-                                                    etag_timeout=5))
-            except Exception as error:  # the hub has a dozen kinds of "can't reach it"; all mean the same to the user
+                folder = Path(hub.snapshot_download(source, allow_patterns=wanted, etag_timeout=5))
+            except Exception as error:  # a dozen kinds of "can't reach it" that mean the same to the user
                 die(f"{source!r} is no folder here, and the hub gave nothing ({type(error).__name__}). "
-                    "Download config.json and model.safetensors where there is a network and name their folder.")
+                    f"Download {' and '.join(wanted)} where there is a network and name their folder.")
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 die(f"{folder} has no {name}: wanted a folder that transformers' save_pretrained wrote.")
@@ -195,23 +201,26 @@ class GPT(nn.Module):
             c = {**PLAIN, **json.loads((folder / "config.json").read_text())}
             odd = [f"{k}={c[k]!r}" for k, v in PLAIN.items() if c[k] != v]
             if c["model_type"] != "gpt2" or odd:
-                die(f"{folder}/config.json is not a plain GPT-2: model_type {c['model_type']!r} {' '.join(odd)}")
+                die(f"{folder}/config.json is not a plain GPT-2: "
+                    f"model_type {c['model_type']!r} {' '.join(odd)}")
             model = GPT(GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"]))
             weights = {k.removeprefix("transformer."): w for k, w in
                        safetensors.load_file(folder / "model.safetensors").items()}
-            model.load_state_dict({k: weights[k].T if transposed(k) else weights[k] for k in model.state_dict()})
-        except Exception as error:  # damaged JSON, a truncated or foreign safetensors file, weights that don't fit
-            die(f"{folder} can't be read as GPT-2 ({type(error).__name__}: {str(error)[:80]}): wanted a whole "
-                "config.json and model.safetensors that belong together.")
+            model.load_state_dict({k: weights[k].T if transposed(k) else weights[k]
+                                   for k in model.state_dict()})
+        except Exception as error:  # damaged JSON, a truncated safetensors file, weights of other shapes
+            die(f"{folder} can't be read as GPT-2 ({type(error).__name__}: {str(error)[:80]}): wanted a "
+                "whole config.json and model.safetensors that belong together.")
         return model
 
     def export_hf(self, folder):
-        """Writes config.json and model.safetensors that transformers' GPT2LMHeadModel.from_pretrained loads."""
+        """Writes the config.json and model.safetensors that transformers' GPT2LMHeadModel loads."""
         safetensors = need("safetensors.torch", "hf")
         c = asdict(self.config)
         c = {k: c[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")} | {
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": c["block_size"],
-            "activation_function": "gelu_new", "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+            "activation_function": "gelu_new", "tie_word_embeddings": True,
+            "bos_token_id": 0, "eos_token_id": 0,
             **{k: c["dropout"] for k in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}}
         weights = {f"transformer.{k}": (w.T if transposed(k) else w).detach().cpu().contiguous()
                    for k, w in self.state_dict().items()}
@@ -220,8 +229,8 @@ class GPT(nn.Module):
 
 
 PLAIN = {  # what this file computes; a config that differs here is refused, not approximated
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "n_inner": None,
-    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "n_inner": None, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
 }
 
 
@@ -230,20 +239,28 @@ def transposed(name):  # transformers keeps GPT-2's projections as (in, out)
 
 
 def sampling_logp(logits, top_k=0, top_p=1.0):
-    """Log-probabilities that sampling follows, (N, V) -> (N, V); tokens outside top_k or top_p get -inf."""
+    """Log-probabilities that sampling follows, (N, V) -> (N, V); -inf outside the top_k or top_p.
+
+    top_k keeps the k likeliest tokens and all that tie with the k-th (0: all tokens); of those, top_p keeps
+    the likeliest until their mass reaches top_p, and always the likeliest one.
+    """
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
         ordered, index = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        drop = (before >= top_p) & (before > 0)  # the smallest set that holds top_p, and never an empty one
+        drop = (before >= top_p) & (before > 0)  # `before`, the mass of likelier tokens, is 0 at the first
         logits = ordered.masked_fill(drop, -torch.inf).gather(-1, index.argsort(-1))
     return logits.log_softmax(-1)
 
 
 def inverse_cdf(logp, u):
-    """First token whose cumulative probability exceeds u: (N, V), (N,) in [0, 1) -> (N,); float64 for the tail."""
+    """First token whose cumulative probability exceeds u: logp (N, V), u (N,) in [0, 1) -> (N,).
+
+    In float64, since a float32 sum over V tokens would lose the unlikely ones. u is scaled by the last sum,
+    which is 1 but for rounding, so that it is always exceeded.
+    """
     cdf = logp.double().exp().cumsum(-1)
     action = torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
     return action.clamp(max=logp.shape[-1] - 1)

@@ -1,8 +1,9 @@
-"""PPO, Proximal Policy Optimization (arXiv:1707.06347), with the value network that GRPO replaces by a group mean.
+"""PPO, Proximal Policy Optimization (arXiv:1707.06347): a value network where GRPO has a group mean.
 
-Pure functions on (N, T) tensors, N answers of up to T tokens, and the critic. An answer ends at its last real token,
-stopped or cut by max_new alike: nothing is bootstrapped behind it. The per-token KL in the reward, the shuffled
-minibatches and both optimizers are in train_ppo.py. Left out: a shared trunk, adaptive KL, early stopping on KL.
+Pure functions on (N, T) tensors, N answers of up to T tokens, and the critic. An answer ends at its last real
+token, whether it stopped or was cut by max_new: no value behind it is counted (no bootstrap). The per-token
+KL in the reward, the shuffled minibatches and both optimizers are in train_ppo.py.
+Left out: a trunk shared by policy and critic, adaptive KL, early stopping on KL.
 Run: python train_ppo.py
 """
 import torch
@@ -13,11 +14,12 @@ from model import GPT
 
 
 def check(**tensors):
-    """All (N, T) of one shape, and none but the first with a gradient: AssertionError with the tensor's name."""
+    """Asserts that all are (N, T) of one shape and that none but the first carries a gradient."""
     (first, x0), *rest = tensors.items()
     assert x0.dim() == 2, f"{first} has shape {tuple(x0.shape)}, wanted (N, T)"
     for name, x in rest:
-        assert x.shape == x0.shape, f"{name} has shape {tuple(x.shape)}, wanted {tuple(x0.shape)} like {first}"
+        assert x.shape == x0.shape, (f"{name} has shape {tuple(x.shape)}, "
+                                     f"wanted {tuple(x0.shape)} like {first}")
         assert not x.requires_grad, f"{name} {tuple(x.shape)} carries a gradient: detach it"
 
 
@@ -35,10 +37,12 @@ def whiten(x, mask, eps=1e-8):
 
 
 def gae(reward, value, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation: Â_t = Σ_k (γλ)ᵏ δ_{t+k}, δ_t = r_t + γ V_{t+1} - V_t (arXiv:1506.02438, eq. 16).
+    """Generalised advantage estimation (arXiv:1506.02438, eq. 16).
 
-    reward, value, mask (N, T) -> adv, returns = adv + value, both (N, T) and 0 at masked positions. value[:, t] is read
-    where action t is predicted; behind the last real token V is 0. Masks are a run of ones from the left.
+    Â_t = Σ_k (γλ)ᵏ δ_{t+k}, summed over the rest of the answer, with δ_t = r_t + γ V_{t+1} - V_t.
+    reward, value, mask (N, T) -> adv, returns = adv + value, both (N, T) and 0 at masked positions.
+    value[:, t] is read where action t is predicted; behind the last real token V is 0. A row of mask is a run
+    of ones from the left, then zeros.
     """
     check(reward=reward, value=value, mask=mask)
     mask = mask.bool()
@@ -54,44 +58,54 @@ def gae(reward, value, mask, gamma=1.0, lam=0.95):
 
 
 def ppo_policy_loss(logp, logp_old, adv, mask, eps=0.2):
-    """-mean over real tokens of min(r·Â, clip(r, 1-ε, 1+ε)·Â), r = exp(logp - logp_old) (arXiv:1707.06347, eq. 7).
+    """-mean over real tokens of min(r·Â, clip(r, 1-ε, 1+ε)·Â), r = exp(logp - logp_old).
 
-    logp, logp_old, adv, mask (N, T) -> scalar loss, dict of masked means: clip_frac, ratio_max (a maximum), pg_loss.
+    That is arXiv:1707.06347, eq. 7. logp, logp_old, adv, mask (N, T) -> scalar loss and a dict: clip_frac,
+    the share of tokens that the clip leaves without gradient; ratio_max; pg_loss, the loss itself.
     """
     check(logp=logp, logp_old=logp_old, adv=adv, mask=mask)
     log_ratio = torch.where(mask.bool(), promote(logp) - promote(logp_old), torch.zeros_like(adv))
     ratio = torch.exp(log_ratio)
     loss = masked_mean(-torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv), mask)
     clipped = ((ratio < 1 - eps) & (adv < 0)) | ((ratio > 1 + eps) & (adv > 0))
-    return loss, {"clip_frac": masked_mean(clipped.float(), mask), "ratio_max": ratio.detach().max(),
+    real = ratio.detach().masked_fill(~mask.bool(), 0.0)
+    return loss, {"clip_frac": masked_mean(clipped.float(), mask), "ratio_max": real.max(),
                   "pg_loss": loss.detach()}
 
 
 def value_loss(value, value_old, returns, mask, clip=0.2):
-    """½ mean of max((V - R)², (V_old + clip(V - V_old, ±clip) - R)²): the critic moves at most `clip` a rollout.
+    """½ mean over real tokens of max((V - R)², (V_old + clip(V - V_old, ±clip) - R)²).
 
-    value, value_old, returns, mask (N, T) -> scalar loss, dict: value_loss, explained_variance of value_old
-    (1 - Var[R - V_old] / Var[R] over real tokens: 0 for a constant, 1 for an oracle), value_clip_frac.
-    The clip is that of OpenAI's baselines; the paper has the plain square. clip=inf is the paper's.
+    So it doesn't pay to move V further than `clip` from V_old, the value at the rollout. The clip is that of
+    OpenAI's baselines; the paper has the plain square, which is clip=inf (times ½).
+    value, value_old, returns, mask (N, T) -> scalar loss and a dict: value_loss, value_clip_frac, and the
+    explained_variance of value_old.
     """
     check(value=value, value_old=value_old, returns=returns, mask=mask)
-    value = promote(value)
+    value, value_old, returns = (promote(x).masked_fill(~mask.bool(), 0.0) for x in (value, value_old, returns))
     clipped = value_old + (value - value_old).clamp(-clip, clip)
     plain, bounded = (value - returns).square(), (clipped - returns).square()
     loss = 0.5 * masked_mean(torch.maximum(plain, bounded), mask)
-    return loss, {"value_loss": loss.detach(), "explained_variance": explained_variance(value_old, returns, mask),
+    return loss, {"value_loss": loss.detach(),
+                  "explained_variance": explained_variance(value_old, returns, mask),
                   "value_clip_frac": masked_mean((bounded > plain).float(), mask)}
 
 
 def explained_variance(value, returns, mask):
-    """1 - Var[returns - value] / Var[returns] over real tokens; NaN where the returns don't vary."""
+    """1 - Var[returns - value] / Var[returns] over real tokens: 0 for a constant value, 1 for an oracle.
+
+    NaN where the returns don't vary.
+    """
     error, returns = (returns - value)[mask.bool()], returns[mask.bool()]
     spread = returns.var(correction=0)
     return torch.where(spread > 0, 1 - error.var(correction=0) / spread, torch.nan)
 
 
 class ValueModel(nn.Module):
-    """The critic: a GPT trunk of its own and a scalar head; tokens (N, T) -> V (N, T), V[:, t] after tokens[:, :t+1]."""
+    """The critic: a GPT trunk of its own and a scalar head; tokens (N, T) -> V (N, T).
+
+    V[:, t] is the value after reading tokens[:, :t + 1].
+    """
 
     def __init__(self, config):
         super().__init__()

@@ -138,7 +138,7 @@ def main(args):
     files = ["logs/grpo.csv", "logs/ppo.csv"]
     for metric, name in (("mean_r", "reward"), ("kl", "kl"), ("entropy", "entropy"), ("loss", "loss")):
         print(f"figure: {plot_metric(files, metric, f'logs/{name}_comparison.png')}")
-    print(f"figure: {plot_panels(files, ['mean_r', 'gold', 'kl', 'entropy', 'loss', 'length'], 'logs/overview.png')}")
+    print(f"figure: {plot_panels(files, ['mean_r', 'gold', 'kl', 'entropy', 'loss', 'length'], 'logs/overview.png', optional=True)}")
     print(f"done in {time.perf_counter() - began:.0f} s")
 
 

@@ -1,8 +1,9 @@
 """Answers of any text policy of this repository: π₀, GRPO's, PPO's.
 
-Top-k and top-p (arXiv:1904.09751) live here and not in RL, where a token that leaves the kept set has log-probability -∞.
-Left out: chat templates, batching of different starts.
-Run: python sample.py --policy out/sft/policy.pth --start "ROMEO:\\n" --num_samples 5 --temperature 0.8 --top_k 40 --seed 1
+Top-k and top-p (arXiv:1904.09751) live here and not in RL: there, a sampled token that an update moves out of
+the kept set would get log-probability -∞.
+Left out: chat templates, batches of different starts.
+Run: python sample.py --policy out/sft/policy.pth --start "ROMEO:\\n" --num_samples 5 --top_k 40 --seed 1
 """
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ def main(args):
         die("--start is empty: wanted at least one character, for example 'ROMEO:\\n'")
     max_new = args.max_new or context - len(ids)
     if len(ids) + max_new > context or max_new < 1:
-        die(f"--start of {len(ids)} tokens + --max_new {args.max_new} don't fit the context of {context} tokens")
+        die(f"--start of {len(ids)} tokens + --max_new {args.max_new} don't fit the context of {context} "
+            "tokens")
     greedy = args.temperature == 0
     tokens, _, mask = policy.generate(
         torch.tensor([ids], device=device), max_new, args.num_samples, 1.0 if greedy else args.temperature,

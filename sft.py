@@ -40,8 +40,8 @@ class Args:
     dropout: float = 0.0
     batch_size: int = 32
     steps: int = 900
-    lr: float = 2e-3
-    min_lr: float = 2e-4
+    lr: float = 3e-3
+    min_lr: float = 3e-4
     warmup: int = 50
     weight_decay: float = 0.1
     beta2: float = 0.99
@@ -141,7 +141,6 @@ def main(args):
 
     for step in range(start, args.steps + 1):
         # ---- evaluate, keep the best ----
-        clock = time.perf_counter()
         row = {}
         if step % args.eval_every == 0 or step == args.steps:
             save(step)
@@ -155,6 +154,7 @@ def main(args):
             break
 
         # ---- update ----
+        clock = time.perf_counter()
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -268,10 +268,10 @@ def test_runs_differ_in_colour_and_in_grey(tmp_path):
 
 
 def test_legend_shows_each_run_in_its_own_style(tmp_path):
-    files = [write(tmp_path / f"{name}.csv", step=[0, 1], kl=[i, i]) for i, name in enumerate("pq")]
+    files = [write(tmp_path / f"{name}.csv", step=[0, 1], kl=[i, i]) for i, name in enumerate("qp")]
     fig = drawn(files, "kl", title="T")
     (legend,) = fig.legends
-    assert [t.get_text() for t in legend.get_texts()] == ["p", "q"] and legend.get_title().get_text() == "T"
+    assert [t.get_text() for t in legend.get_texts()] == ["q", "p"] and legend.get_title().get_text() == "T"
     for handle, line in zip(legend.get_lines(), fig.axes[0].lines):
         assert (handle.get_color(), handle.get_marker()) == (line.get_color(), line.get_marker())
 

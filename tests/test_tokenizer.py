@@ -69,7 +69,6 @@ def test_trainer_equals_the_naive_one(text, size):
     assert len(set(vocabulary)) == len(vocabulary)  # one that came twice would shift the stop's id
 
 
-@pytest.mark.xfail(strict=True, reason="train_bpe deletes blank lines: what they parted grows together")
 def test_no_merge_is_learned_across_a_blank_line():
     text = "ab\n\ncd\n\n" * 5
     assert train_bpe(text, 300)[256:] == [a + b for a, b in naive_bpe(text, 300)] == [b"cd", b"ab"]

@@ -14,16 +14,17 @@ from grpo import OBJECTIVES, Objective, group_advantage, grpo_loss
 pytest.importorskip("trl")
 REWARDS = [1.0, 0.0, 0.5, 3.0, 0.1, 0.1, 0.1, 0.1, -2.0, 4.0, 4.0, 4.5]  # 3 prompts × 4 answers
 G, T, MAX_LEN = 4, 6, 9
+SAPO = replace(OBJECTIVES["sapo"], tau_pos=1.5, tau_neg=2.0)  # exact in float32, to which TRL rounds 1.05
 PAIRS = {  # TRL's loss_type, its level of the ratio, and our row
     "grpo": ("grpo", "token", OBJECTIVES["grpo"]),
     "bnpo": ("bnpo", "token", Objective(reduce="token")),
     "dr_grpo": ("dr_grpo", "token", OBJECTIVES["dr_grpo"]),
     "dapo": ("dapo", "token", OBJECTIVES["dapo"]),
     "cispo": ("cispo", "token", replace(OBJECTIVES["cispo"], eps_high=1.3)),  # a cap low enough to bite here
-    "sapo": ("sapo", "token", replace(OBJECTIVES["sapo"], tau_pos=1.5, tau_neg=2.0)),
+    "sapo": ("sapo", "token", SAPO),
     "gspo": ("grpo", "sequence", replace(OBJECTIVES["gspo"], eps_low=0.1, eps_high=0.05)),
     "gspo_dapo": ("dapo", "sequence", replace(OBJECTIVES["dapo"], ratio="sequence")),
-    "sapo_sequence": ("sapo", "sequence", replace(OBJECTIVES["sapo"], ratio="sequence")),
+    "sapo_sequence": ("sapo", "sequence", replace(SAPO, ratio="sequence")),
     "cispo_sequence": ("cispo", "sequence", replace(OBJECTIVES["cispo"], ratio="sequence", eps_high=1.05)),
 }
 

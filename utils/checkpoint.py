@@ -1,7 +1,8 @@
 """Checkpoints: one dict of tensors and plain values a file, written atomically, read with weights_only=True.
 
-Every file holds format, kind (policy, reward, state), config, tokenizer (ranks included), model; reward adds pool, mean
-and std, state adds what a resume needs. Nothing else can be read from such a file, so a foreign one is refused.
+Every file holds format, kind (policy, reward, state), config, tokenizer (ranks included) and model; a reward
+adds pool, mean and std, a state what a resume needs. weights_only=True runs no code that a file may hold; a
+file of another format or kind is refused.
 """
 import math
 import pickle
@@ -18,9 +19,9 @@ FORMAT = "nanogrpo-1"
 
 
 def save(path, kind, model, tokenizer, **more):
-    """model: a module with .config; tokenizer: utils.tokenizer.Tokenizer; more: further entries of the dict."""
-    content = {"format": FORMAT, "kind": kind, "config": asdict(model.config), "tokenizer": tokenizer.state(),
-               "model": model.state_dict(), **more}
+    """model: a module with .config; tokenizer: a Tokenizer of utils; more: further entries of the dict."""
+    content = {"format": FORMAT, "kind": kind, "config": asdict(model.config),
+               "tokenizer": tokenizer.state(), "model": model.state_dict(), **more}
     atomic_write(path, lambda file: torch.save(content, file))
 
 
@@ -30,7 +31,7 @@ def load(path, kind, made_by):
         die(f"no {kind} at {path}: run `{made_by}` first, or name another file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         die(f"{path} can't be read as a checkpoint ({type(error).__name__}): empty, truncated or foreign. "
             f"Make it again with `{made_by}`.")
     found = content.get("format") if isinstance(content, dict) else None
@@ -41,7 +42,7 @@ def load(path, kind, made_by):
 
 
 def load_policy(path, device="cpu", made_by="python sft.py"):
-    """-> (GPT in eval mode, tokenizer): rule 15, dropout is off wherever a policy is only read."""
+    """-> (GPT in eval mode, tokenizer); a script that wants dropout in training switches it on again."""
     content = load(path, "policy", made_by)
     model = GPT(GPTConfig(**content["config"]))
     model.load_state_dict(content["model"])
@@ -51,27 +52,33 @@ def load_policy(path, device="cpu", made_by="python sft.py"):
 def same_tokenizer(path, content, tokenizer, policy_path):
     """π₀ fixes the tokenizer for all that follows: ids of another one would be read as other words."""
     if content["tokenizer"] != tokenizer.state():
-        die(f"{path} was made with another tokenizer ({content['tokenizer']['name']}) than the policy {policy_path} "
-            f"({tokenizer.name}): make it again from that policy")
+        die(f"{path} was made with another tokenizer ({content['tokenizer']['name']}) than the policy "
+            f"{policy_path} ({tokenizer.name}): make it again from that policy")
 
 
-MAY_CHANGE = {"resume", "steps", "save_every", "eval_every", "track", "log", "out", "device"}  # between start and resume
+# arguments that a resume may give otherwise than the run began with
+MAY_CHANGE = {"resume", "steps", "save_every", "eval_every", "track", "log", "out", "device"}
 
 
 def load_state(path, args, made_by):
-    """The state to go on from; refuses other arguments than the run began with, and takes its number of threads."""
+    """The state to go on from; refuses other arguments than the run began with.
+
+    Sets the run's number of threads: sums in another order would give other last digits.
+    """
     state = load(path, "state", made_by)
     for name, value in asdict(args).items():
         began = state["args"].get(name)
         if name not in MAY_CHANGE and began != value:
-            die(f"--resume: {path} began with --{name} {began}, not {value}: give the same, or start anew without --resume")
+            die(f"--resume: {path} began with --{name} {began}, not {value}: give the same, or start anew "
+                "without --resume")
     torch.set_num_threads(state["threads"])
     return state
 
 
 def finite(step, out, **stats):
-    """A non-finite loss or gradient ends the run before it reaches the weights; the last good checkpoint stays."""
+    """Ends the run at a non-finite loss or gradient, before it reaches the weights or a checkpoint."""
     values = {name: float(torch.as_tensor(value).detach()) for name, value in stats.items()}
     if not all(math.isfinite(value) for value in values.values()):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        die(f"step {step}: not finite ({shown}). The last good checkpoint stays in {out}: lower --lr, or --dtype fp32.")
+        die(f"step {step}: not finite ({shown}). The last good checkpoint stays in {out}: lower --lr, or try "
+            "--dtype fp32.")

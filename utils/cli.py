@@ -2,6 +2,7 @@
 import contextlib
 import importlib
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -22,9 +23,10 @@ def need(module, extra):
 
 
 def parse(args_class, presets=None):
-    """Fills args_class from the command line; --preset NAME (in any place) picks the defaults from `presets`."""
+    """Fills args_class from the command line; --preset NAME, at any place, picks one of `presets`."""
     import tyro
     argv, default = list(sys.argv[1:]), args_class()
+    description = sys.modules[args_class.__module__].__doc__
     if presets:
         for i, word in enumerate(argv):
             if word.split("=")[0] == "--preset":
@@ -34,7 +36,7 @@ def parse(args_class, presets=None):
                 del argv[i:i + (1 if "=" in word else 2)]
                 default = presets[name]
                 break
-    return tyro.cli(args_class, args=argv, default=default, description=sys.modules[args_class.__module__].__doc__)
+    return tyro.cli(args_class, args=argv, default=default, description=description)
 
 
 def at_least(args, **least):
@@ -47,7 +49,7 @@ def at_least(args, **least):
 
 @contextlib.contextmanager
 def writing(path):
-    """Turns the ways in which a write can fail (full disk, no permission, no such place) into a clear message."""
+    """Turns the ways in which a write can fail (a full disk, no permission) into a clear message."""
     try:
         yield
     except OSError as error:
@@ -55,7 +57,10 @@ def writing(path):
 
 
 def atomic_write(path, content):
-    """Writes bytes, or what content(file) writes, beside `path` and renames: a kill leaves the old file or the new."""
+    """Writes bytes, or lets content(file) write; after a kill there is the old file or the new, whole.
+
+    For that it writes to a temporary file in the same folder and renames it.
+    """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
@@ -71,11 +76,15 @@ def atomic_write(path, content):
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM as a flag that the loop reads after a step, so that it can save first; a second one kills."""
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads after a step, so that it can save first.
+
+    A second signal of the same kind kills at once.
+    """
 
     def __init__(self):
         self.asked = False
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # only where a command line owns the process
+        # a program that runs a script's main() within itself may have its own handler: it stays
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self.ask)
             signal.signal(signal.SIGTERM, self.ask)
 
@@ -91,4 +100,4 @@ class Interrupt:
 def resume_command():
     """The command line that goes on with this run."""
     words = [w for w in sys.argv if w not in ("--resume", "--fresh")]
-    return " ".join(["python", *(f"'{w}'" if " " in w or "\n" in w else w for w in words), "--resume"])
+    return shlex.join(["python", *words, "--resume"])

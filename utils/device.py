@@ -1,4 +1,4 @@
-"""Where a run computes and in which precision, its seeds, its memory, and the record of all that beside its CSV."""
+"""Where a run computes and in which precision, its peak memory, and the record of all that beside its CSV."""
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -29,9 +29,9 @@ def pick_device(name="auto"):
 
 
 def pick_autocast(device, dtype="auto"):
-    """A context for the matmuls of scoring and update: bfloat16 where the hardware multiplies it, else float32.
+    """A context for the matmuls of scoring and update: bfloat16 where the hardware has it, else float32.
 
-    Returns (context factory, "bf16" or "fp32"). Log-softmax, ratios and losses stay in float32 whatever it says.
+    Returns (context factory, "bf16" or "fp32"). Log-softmax, ratios and losses stay in float32 either way.
     """
     if dtype == "auto":
         if device.type == "cuda":
@@ -58,9 +58,11 @@ def peak_mem_mb(device):
 def git_commit():
     """The commit that made a run ("-dirty" if the tree had changes), or "unknown" outside git."""
     root = Path(__file__).parent.parent
+    git = ["git", "-C", root]
+    kw = {"capture_output": True, "text": True}
     try:
-        commit = subprocess.run(["git", "-C", root, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
-        status = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], **kw)
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], **kw)
     except FileNotFoundError:
         return "unknown"
     if commit.returncode:
@@ -69,9 +71,10 @@ def git_commit():
 
 
 def write_run_record(csv_path, args, **more):
-    """CSV's path with .json: arguments, command, commit, versions, device and threads of the run that wrote it."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken", "vaderSentiment")}
-    record = {"args": dataclasses.asdict(args), "command": " ".join(["python", *sys.argv]), "commit": git_commit(),
-              "python": platform.python_version(), "versions": versions, "machine": platform.machine(),
-              "threads": torch.get_num_threads(), **more}
+    """Beside the CSV, with .json: arguments, command, commit, versions, machine and threads of its run."""
+    packages = ("torch", "numpy", "tiktoken", "vaderSentiment")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    record = {"args": dataclasses.asdict(args), "command": " ".join(["python", *sys.argv]),
+              "commit": git_commit(), "python": platform.python_version(), "versions": versions,
+              "machine": platform.machine(), "threads": torch.get_num_threads(), **more}
     atomic_write(Path(csv_path).with_suffix(".json"), json.dumps(record, indent=2, default=str).encode())

@@ -14,8 +14,8 @@ SHARED = ["step", "loss", "mean_r", "kl", "entropy", "token_adv"]  # every scrip
 class Log:
     """write(step=…, …) adds a row; unknown columns are an error, missing or NaN ones stay empty, never 0.
 
-    A resume keeps the rows before `start` and appends. The bar shows reward, KL, speed and time left; it is silent
-    in CI and where stdout is no terminal.
+    A resume keeps the rows before `start` and appends. The bar shows reward, KL, loss, speed and time left;
+    there is none in CI and where stdout is no terminal.
     """
 
     def __init__(self, path, columns, total, start=0, track="none", record=None):
@@ -43,7 +43,7 @@ class Log:
         assert not unknown, f"columns {sorted(unknown)} are not in {self.columns}"
         values = {k: v.item() if hasattr(v, "item") else float(v) for k, v in values.items() if v is not None}
         values = {k: v for k, v in values.items() if math.isfinite(v)}
-        cells = [f"{values[k]:.7g}" if k in values else "" for k in self.columns]
+        cells = [f"{values[k]:.9g}" if k in values else "" for k in self.columns]
         with writing(self.path):
             self.file.write(",".join(cells) + "\n")
             self.file.flush()
@@ -61,7 +61,10 @@ class Log:
 
 
 def open_tracker(track, path, record):
-    """A function (numbers, step) for TensorBoard (events beside the CSV) or W&B (offline unless WANDB_MODE is set)."""
+    """A function (numbers, step) for TensorBoard or W&B, None for "none".
+
+    TensorBoard's events lie beside the CSV; W&B stays offline unless WANDB_MODE says otherwise.
+    """
     if track == "none":
         return None
     if track == "tensorboard":

@@ -1,7 +1,7 @@
 """Gold judges and reward functions: completions: list[str], prompts: list[str], **columns -> list[float].
 
-A gold judge stands for the human labeller: it labels pairs and measures; by default nothing trains on it. The signature is
-TRL's own, so a function works here and there.
+A gold judge stands for the human labeller: it labels pairs of answers and measures policies; by default no
+policy is trained on it directly. The signature is TRL's, so that a function works here and there.
 """
 import functools
 import importlib.util
@@ -25,7 +25,10 @@ def sentiment_score(text):
 
 
 def sentiment(completions, prompts, **columns):
-    """How glad the words are, -1 … 1: VADER's compound score, human-rated words (Hutto & Gilbert 2014)."""
+    """How glad the words are, -1 … 1: the compound score of VADER (Hutto & Gilbert 2014).
+
+    VADER adds up a lexicon's words, which people rated, with rules for negation and emphasis.
+    """
     return [sentiment_score(text) for text in completions]
 
 
@@ -50,7 +53,10 @@ JUDGES = {"sentiment": sentiment, "meter": meter}
 
 
 def load_reward(spec):
-    """"sentiment", "meter" or "path/to/file.py:function" -> the function, its results checked at every call."""
+    """The function that "sentiment", "meter" or "path/to/file.py:function" names.
+
+    What a function of a user's returns is checked at every call.
+    """
     if spec in JUDGES:
         return JUDGES[spec]
     path, _, name = spec.rpartition(":")
@@ -80,7 +86,8 @@ def checked(function, spec, completions, prompts, **columns):
     except (TypeError, ValueError):
         die(f"--reward {spec} returned {type(scores).__name__}: wanted a list of {len(completions)} numbers")
     if len(values) != len(completions):
-        die(f"--reward {spec} returned {len(values)} numbers for {len(completions)} completions: wanted one each")
+        die(f"--reward {spec} returned {len(values)} numbers for {len(completions)} completions: wanted one "
+            "each")
     for value, text in zip(values, completions):
         if not math.isfinite(value):
             die(f"--reward {spec} returned {value} for {text[:40]!r}: wanted a finite number")
@@ -88,14 +95,19 @@ def checked(function, spec, completions, prompts, **columns):
 
 
 def describe(error):
+    """The error, with the file and line that raised it."""
     frame = error.__traceback__
     while frame.tb_next:
         frame = frame.tb_next
-    return f"{type(error).__name__}: {error} ({Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno})"
+    file = Path(frame.tb_frame.f_code.co_filename).name
+    return f"{type(error).__name__}: {error} ({file}, line {frame.tb_lineno})"
 
 
 def distinct(completions):
-    """Share of distinct words in each answer's words, mean over answers that have any: falls when words are repeated."""
+    """Share of distinct words among an answer's words, mean over the answers that have any.
+
+    It falls when a policy repeats itself.
+    """
     words = [re.findall(r"[a-z']+", text.lower()) for text in completions]
     shares = [len(set(w)) / len(w) for w in words if w]
     return sum(shares) / len(shares) if shares else float("nan")

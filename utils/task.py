@@ -17,11 +17,12 @@ class Prompts:
     columns: dict[str, list]            # further keys of a user's JSONL: they reach the reward function
 
     def pick(self, index, repeat=1):
-        """Rows `index`, each `repeat` times in a row."""
+        """The rows `index`, each `repeat` times, its copies side by side."""
         index = index.repeat_interleave(repeat)
         rows = index.tolist()
         return Prompts(self.tokens[index], None if self.pad is None else self.pad[index],
-                       [self.texts[i] for i in rows], {k: [v[i] for i in rows] for k, v in self.columns.items()})
+                       [self.texts[i] for i in rows],
+                       {k: [v[i] for i in rows] for k, v in self.columns.items()})
 
 
 def load_prompts(source, data, tokenizer, prompt_len):
@@ -57,8 +58,8 @@ def load_scorer(reward, reward_model, policy_path, tokenizer, device):
     @torch.no_grad()
     def by_model(tokens, mask, prompts, texts):
         if tokens.shape[1] > model.config.block_size:
-            die(f"answers of {tokens.shape[1]} tokens, prompt included, don't fit the reward model's context of "
-                f"{model.config.block_size}")
+            die(f"answers of {tokens.shape[1]} tokens, prompt included, don't fit the reward model's context "
+                f"of {model.config.block_size}")
         return model(tokens, mask, prompts.pad if prompts.pad is None else prompts.pad.to(device)).cpu()
     return by_model
 
@@ -72,7 +73,8 @@ def step_generator(seed, step):
 def sample_texts(model, tokenizer, prompts, max_new, temperature=1.0, seed=0, top_k=0):
     """One answer to each prompt, in float32 -> (tokens, logp, mask, texts)."""
     device = model.wte.weight.device
-    tokens, logp, mask = model.generate(prompts.tokens.to(device), max_new, temperature=temperature, top_k=top_k,
-                                        stop=tokenizer.stops, generator=step_generator(seed, -1 % 1_000_003),
-                                        pad=None if prompts.pad is None else prompts.pad.to(device))
+    pad = None if prompts.pad is None else prompts.pad.to(device)
+    generator = step_generator(seed, -1 % 1_000_003)  # just before the next seed's: no step of a run
+    tokens, logp, mask = model.generate(prompts.tokens.to(device), max_new, temperature=temperature,
+                                        top_k=top_k, stop=tokenizer.stops, generator=generator, pad=pad)
     return tokens, logp, mask, completions(tokens[:, prompts.tokens.shape[1]:], mask, tokenizer)

@@ -1,9 +1,10 @@
 """Corpora and prompts: where the text comes from, its train and held-out parts, and what a policy is asked.
 
-A prompt is the last P tokens up to and including a speaker's heading ("ROMEO:\n"); an answer is the speech that follows,
-and the blank line behind a speech is the stop.
+A prompt is the last P tokens up to and including a speaker's heading ("ROMEO:\\n"); an answer is the speech
+that follows, and the blank line behind a speech is the stop.
 """
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -33,7 +34,8 @@ def load_corpus(name="auto"):
     if name in ("auto", "shakespeare"):
         path = find_shakespeare(required=name == "shakespeare")
         if path is None:
-            print(f"Tiny Shakespeare is neither here nor to be downloaded: using the offline play, data/{PLAY.name}")
+            print("Tiny Shakespeare is not here and can't be downloaded: using the offline play, "
+                  f"data/{PLAY.name}")
             return PLAY.read_text(encoding="utf-8"), PLAY.name
         return path.read_text(encoding="utf-8"), "tinyshakespeare"
     if not Path(name).is_file():
@@ -48,7 +50,10 @@ def load_corpus(name="auto"):
 
 
 def find_shakespeare(required):
-    """Path of the checked file: $NANOGRPO_DATA, data/, else downloaded. None if it can't be had and isn't required."""
+    """Path of the checked file: in $NANOGRPO_DATA, in data/, else downloaded; None if it can't be had.
+
+    Where it is required, that ends the program.
+    """
     folders = [Path(os.environ["NANOGRPO_DATA"])] if os.environ.get("NANOGRPO_DATA") else []
     for folder in [*folders, DATA]:
         path = folder / "tinyshakespeare" / "input.txt"
@@ -58,10 +63,10 @@ def find_shakespeare(required):
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT) as response:
             content = response.read()
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         if required:
-            die(f"can't download Tiny Shakespeare ({error}): put the file at {DATA}/tinyshakespeare/input.txt, name its "
-                "folder in NANOGRPO_DATA, or use --data play")
+            die(f"can't download Tiny Shakespeare ({error}): put it at {DATA}/tinyshakespeare/input.txt, "
+                "name the folder that holds tinyshakespeare/ in NANOGRPO_DATA, or use --data play")
         return None
     check_sha256(content, SHAKESPEARE_URL)
     atomic_write(DATA / "tinyshakespeare" / "input.txt", content)
@@ -85,12 +90,15 @@ def heading_prompts(text, tokenizer, prompt_len, source):
     """Every heading of the text with the tokens before it: int64 (number of prompts, prompt_len)."""
     ends = [m.end() for m in HEADING.finditer(text)]
     if not ends:
-        die(f"{source} has no speaker headings: wanted lines such as 'ROMEO:' after a blank line, speech below")
-    window = prompt_len * 12  # characters that surely hold prompt_len tokens, start at any of them, cut from the left
+        die(f"{source} has no speaker headings: wanted lines such as 'ROMEO:' after a blank line, with the "
+            "speech below")
+    # 12 characters a token are plenty; a cut within a word changes only the first tokens, which are not used
+    window = prompt_len * 12
     prompts = [tokenizer.encode(text[max(0, end - window):end])[-prompt_len:] for end in ends]
     prompts = [p for p in prompts if len(p) == prompt_len]
     if not prompts:
-        die(f"{source} has no heading with {prompt_len} tokens before it: wanted a longer text or a smaller --prompt_len")
+        die(f"{source} has no heading with {prompt_len} tokens up to its end: wanted a longer text or a "
+            "smaller --prompt_len")
     return torch.tensor(prompts)
 
 
@@ -98,8 +106,12 @@ def read_jsonl(path, keys, flag):
     """Rows of a JSON-lines file, each with at least these string keys; errors name the line."""
     if not Path(path).is_file():
         die(f"{flag} {path}: no such file")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        die(f"{flag} {path} is no UTF-8 text (byte {error.start}): wanted JSON lines")
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -116,7 +128,10 @@ def read_jsonl(path, keys, flag):
 
 
 def left_pad(rows, length=None):
-    """Lists of ids -> (tokens (N, P), pad (N,) or None if all are equally long); longer rows keep their last P ids."""
+    """Lists of ids -> tokens (N, P), pad (N,) or None if no row needs any.
+
+    P is `length`, or that of the longest row; rows that are longer keep their last P ids.
+    """
     length = length or max(map(len, rows))
     rows = [row[-length:] for row in rows]
     pad = torch.tensor([length - len(row) for row in rows])
@@ -125,5 +140,6 @@ def left_pad(rows, length=None):
 
 
 def completions(tokens, mask, tokenizer):
-    """The answers as text, without the blank line that ended them: tokens (N, T), mask (N, T) -> list of N strings."""
-    return [tokenizer.decode(row[m].tolist()).removesuffix("\n\n") for row, m in zip(tokens.cpu(), mask.cpu())]
+    """The answers as text, without the blank line that ended them: tokens, mask (N, T) -> N strings."""
+    answers = [row[m].tolist() for row, m in zip(tokens.cpu(), mask.cpu())]
+    return [tokenizer.decode(answer).removesuffix("\n\n") for answer in answers]

@@ -1,7 +1,7 @@
 """Tokenizers: `bpe` trained here on the corpus, `char` (nanoGPT's Shakespeare), `gpt2` (tiktoken's).
 
-In `bpe` the blank line that ends a speech is one reserved token, so that "stop" is an action like any other. Merges are
-learned by byte-pair encoding (Sennrich et al., arXiv:1508.07909) and served by tiktoken.Encoding.
+In `bpe` the blank line that ends a speech is one reserved token, so that "stop" is an action like any other.
+Its merges are learned by byte-pair encoding (Sennrich et al., arXiv:1508.07909) and applied by tiktoken.
 """
 from collections import Counter, defaultdict
 
@@ -11,12 +11,13 @@ import tiktoken
 from utils.cli import die
 
 BLANK_LINE = "\n\n"
-# a newline stands alone, so that a heading ("ROMEO:\n") always ends at a token's end; a word takes its leading space
+# merges stay within a piece: a newline stands alone, so that a heading ("ROMEO:\n") always ends at a token's
+# end; a word takes its leading space
 PATTERN = r"\n| ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 
 
 class Tokenizer:
-    """encode, decode, vocab_size and stops (token sequences that end a speech), whatever stands behind them."""
+    """encode, decode, vocab_size and stops (the token sequences that end a speech), for all three alike."""
 
     def __init__(self, name, table):
         self.name, self.table = name, table
@@ -31,19 +32,21 @@ class Tokenizer:
             self.vocab_size, self.stops = len(ranks) + 1, [(len(ranks),)]
         elif name != "gpt2":
             die(f"tokenizer {name!r} is unknown: wanted bpe, char or gpt2")
-        else:  # tiktoken's own: the corpus writes the blank line as two tokens, the model may say it as one
+        else:  # tiktoken's own: before a heading the blank line is two tokens, but a model may say it as one
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
             except Exception as error:  # whatever its downloader raises offline
-                die(f"tiktoken can't fetch its gpt2 vocabulary ({type(error).__name__}): run once where there is a "
-                    "network with TIKTOKEN_CACHE_DIR set and bring that folder, or use --tokenizer bpe")
+                die(f"tiktoken can't fetch its gpt2 vocabulary ({type(error).__name__}): run once where "
+                    "there is a network, with TIKTOKEN_CACHE_DIR set, and bring that folder; or use "
+                    "--tokenizer bpe")
             self.vocab_size, self.stops = self.encoding.n_vocab, [(198, 198), (628,)]
 
     def encode(self, text):
         if self.name == "char":
             unknown = sorted(set(text) - self.ids.keys())
             if unknown:
-                die(f"the char tokenizer has never seen {unknown[:5]}: use text in the corpus's characters, or bpe")
+                die(f"the char tokenizer has never seen {unknown[:5]}: use text in the corpus's characters, "
+                    "or bpe")
             return [self.ids[c] for c in text]
         special = {BLANK_LINE} if self.name == "bpe" else set()
         return self.encoding.encode(text, allowed_special=special, disallowed_special=())
@@ -75,7 +78,10 @@ def train_tokenizer(name, text, vocab_size=1024):
 
 
 def train_bpe(text, size):
-    """The byte strings of a byte-level BPE in rank order: 256 bytes, then the most frequent neighbour again and again."""
+    """The byte strings of a byte-level BPE in rank order, at most `size` of them.
+
+    First the 256 bytes; then, again and again, the most frequent pair of neighbours becomes one symbol.
+    """
     pieces = Counter(regex.findall(PATTERN, text))
     words = [([bytes([b]) for b in piece.encode()], count) for piece, count in pieces.items()]
     pairs, where = Counter(), defaultdict(set)  # how often a pair stands, and in which words
@@ -85,7 +91,8 @@ def train_bpe(text, size):
             where[pair].add(w)
     vocabulary = [bytes([b]) for b in range(256)]
     while len(vocabulary) < size and pairs:
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))  # ties by bytes: the same ranks on every machine
+        # of equally frequent pairs the one of greater bytes: the same ranks on every machine
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
         if pairs[best] < 2:
             break
         vocabulary.append(best[0] + best[1])

@@ -1,0 +1,125 @@
+"""Judges, the logger and the style rules that a machine can check."""
+import json
+import math
+import re
+import subprocess
+
+import pytest
+import torch
+from helpers import ROOT, TIMING, cli, read_csv, rl
+
+import train_grpo
+from utils.log import Log
+from utils.rewards import distinct, meter, sentiment, syllables
+
+
+# ---- judges, on lines counted by hand ----
+@pytest.mark.parametrize("word, count", [("a", 1), ("the", 1), ("love", 1), ("summer", 2), ("compare", 2),
+                                         ("little", 2), ("banished", 2), ("wanted", 2), ("beauty", 2), ("day's", 1),
+                                         ("free", 1), ("turn'd", 1), ("Shakespeare", 2), ("hmm", 1)])
+def test_syllables(word, count):
+    assert syllables(word) == count
+
+
+def test_meter():
+    ten = "Shall I compare thee to a summer's day"  # 1 1 2 1 1 1 2 1
+    seven = "a b c d e f g"
+    texts = [ten, seven, f"{ten}\n{seven}", f"\n{ten}\n\n", "", " \n", f"{ten} {seven}", "and then?"]
+    e = math.exp
+    expected = [1.0, e(-1), (1 + e(-1)) / 2, 1.0, 0.0, 0.0, e(-7 / 3), e(-8 / 3)]
+    assert meter(texts, [""] * len(texts)) == pytest.approx(expected)
+
+
+def test_sentiment():
+    # two of the scores that VADER's authors publish in their README
+    texts = ["VADER is smart, handsome, and funny!", "Today SUX!", "", "the table stands in the room"]
+    assert sentiment(texts, [""] * 4, worth=[1] * 4) == pytest.approx([0.8439, -0.5461, 0.0, 0.0])
+
+
+def test_distinct():
+    assert distinct(["good good good Good", "to be or not to be", "", "..."]) == pytest.approx((1 / 4 + 4 / 6) / 2)
+    assert math.isnan(distinct(["", "..."]))
+
+
+# ---- the logger ----
+def test_cells_that_were_not_measured_are_empty(tmp_path):
+    log = Log(tmp_path / "a.csv", ["step", "loss", "kl", "gold"], 3)
+    log.write(step=0, loss=torch.tensor(0.5), kl=None, gold=0)
+    log.write(step=1, loss=float("nan"), kl=torch.tensor(float("inf")))
+    with pytest.raises(AssertionError, match="reward"):
+        log.write(step=2, reward=1.0)
+    log.close()
+    assert (tmp_path / "a.csv").read_text() == "step,loss,kl,gold\n0,0.5,,0\n1,,,\n"
+
+
+def test_a_resume_drops_later_and_torn_lines(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("step,loss\n0,1\n1,2\n2,3\n3,4\n4")
+    log = Log(path, ["step", "loss"], 5, start=2)
+    log.write(step=2, loss=30.0)
+    log.close()
+    assert path.read_text() == "step,loss\n0,1\n1,2\n2,30\n"
+
+
+def test_tensorboard_has_the_numbers_of_the_csv(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    monkeypatch.chdir(tmp_path)
+    cli(train_grpo, *rl("--steps", 3, "--eval_every", 2, "--track", "tensorboard", reward="share_of_e"))
+    events = EventAccumulator("logs/grpo", size_guidance={"scalars": 0})
+    events.Reload()
+    seen = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+    rows = read_csv("logs/grpo.csv")[1]
+    expected = {(k, int(row["step"])): float(v) for row in rows for k, v in row.items() if v and k != "step"}
+    assert seen.keys() == expected.keys()
+    assert ("eval_r", 0) in seen and ("eval_r", 1) not in seen and ("eval_r", 2) in seen
+    assert all(seen[k] == pytest.approx(expected[k], rel=1e-6, abs=1e-9) for k in seen)
+
+
+def test_the_record_beside_the_csv(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = rl("--steps", 1, "--seed", 7, "--lr", 3e-4, reward="constant")
+    cli(train_grpo, *words)
+    record = json.loads((tmp_path / "logs/grpo.json").read_text())
+    assert record["args"]["seed"] == 7 and record["args"]["lr"] == 3e-4 and record["args"]["group_size"] == 4
+    assert record["command"] == " ".join(["python", "train_grpo.py", *map(str, words)])
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = record["commit"].removesuffix("-dirty")
+    assert head.stdout.startswith(commit) if head.returncode == 0 else commit == "unknown"
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"numpy", "tiktoken", "vaderSentiment"} <= record["versions"].keys()
+    assert record["device"] == "cpu" and record["dtype"] == "fp32" and record["threads"] == torch.get_num_threads()
+    assert record["objective"]["beta"] == 0.05 and record["python"].count(".") == 2
+    assert TIMING <= set(read_csv("logs/grpo.csv")[0])
+
+
+# ---- style ----
+def sources():
+    folders = (ROOT, *(ROOT / name for name in ("utils", "vision", "tests", "benchmarks")))
+    return sorted(p for folder in folders for p in folder.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_line_length(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    long = [f"line {i}: {len(line)}" for i, line in enumerate(lines, 1) if len(line) > 110]
+    assert not long, ", ".join(long)
+    bad = [i for i, line in enumerate(lines, 1) if line != line.rstrip() or "\t" in line]
+    assert not bad, f"spaces at the end, or tabs, in lines {bad}"
+
+
+def test_budgets():
+    code = [p for p in sources() if p.parent.name not in ("tests", "benchmarks")]
+    length = {p.relative_to(ROOT).as_posix(): len(p.read_text(encoding="utf-8").splitlines()) for p in code}
+    small = ("grpo.py", "ppo.py", "vision/vit.py")
+    over = {name: n for name, n in length.items()
+            if n > (150 if name in small else 300) and not name.startswith("utils/")}
+    assert not over
+    assert sum(length.values()) <= 5500
+
+
+def test_files_open_with_what_they_are_and_how_to_run_them():
+    for path in ROOT.glob("*.py"):
+        doc = re.match(r'"""(.+?)"""', path.read_text(encoding="utf-8"), re.DOTALL)
+        assert doc, path.name
+        assert re.search(r"^Run: python \w+\.py", doc[1], re.MULTILINE), f"{path.name} doesn't say how to run it"
