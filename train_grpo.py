@@ -22,8 +22,8 @@ from utils.rewards import JUDGES, distinct
 from utils.task import load_prompts, load_scorer, step_generator
 from utils.text import completions
 
-COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac", "ratio_max",
-           "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s", "peak_mem_mb"]
+COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac",
+           "ratio_max", "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s", "peak_mem_mb"]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Args:
     eval_prompts: int = 64  # held-out ones
     save_every: int = 20
     device: str = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls in scoring and update; sampling is float32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update; sampling is float32
     seed: int = 0
     log: str = "logs/grpo.csv"
     out: str = "out/grpo"
@@ -60,8 +60,8 @@ class Args:
 
 def main(args):
     # ---- set-up ----
-    at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3, epochs_per_rollout=1,
-             minibatches=1, beta=0.0, steps=1, eval_every=1, eval_prompts=1, save_every=1)
+    at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3,
+             epochs_per_rollout=1, minibatches=1, beta=0.0, steps=1, eval_every=1, eval_prompts=1, save_every=1)
     B, G = args.prompts_per_step, args.group_size
     objective = OBJECTIVES[args.objective]
     if args.beta is not None:
@@ -70,8 +70,8 @@ def main(args):
     if G < 2 and objective.baseline != "none":
         die(f"--group_size {G}: {args.objective} compares answers to one prompt, wanted at least 2")
     if objective.ratio == "none" and updates > 1:
-        die(f"--objective {args.objective} has no ratio: {updates} updates a rollout would be off-policy, wanted 1 epoch "
-            "and 1 minibatch")
+        die(f"--objective {args.objective} has no ratio: {updates} updates a rollout would be off-policy, wanted "
+            "1 epoch and 1 minibatch")
     if B % args.minibatches:
         die(f"--minibatches {args.minibatches} doesn't divide --prompts_per_step {B}")
     device = pick_device(args.device)
@@ -82,10 +82,11 @@ def main(args):
     prompts, held_out = load_prompts(args.prompts, args.data, tokenizer, args.prompt_len)
     P, T = prompts.tokens.shape[1], args.max_new
     if P + T > policy.config.block_size:
-        die(f"prompts of {P} tokens + --max_new {T} don't fit the policy's context of {policy.config.block_size} tokens: "
-            "shorten one, or train π₀ with a larger --block_size")
+        die(f"prompts of {P} tokens + --max_new {T} don't fit the policy's context of "
+            f"{policy.config.block_size} tokens: shorten one, or train π₀ with a larger --block_size")
     score = load_scorer(args.reward, args.reward_model, args.policy, tokenizer, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=True)
     start, seconds, samples, tokens_seen = 0, 0.0, 0, 0
     if args.resume:
         state = checkpoint.load_state(f"{args.out}/state.pth", args, "python train_grpo.py")
@@ -156,11 +157,12 @@ def main(args):
             for part in torch.randperm(B, generator=generator).chunk(args.minibatches):
                 rows = (part[:, None] * G + torch.arange(G)).flatten()
                 part = part.to(device)
+                pads = None if pad is None else pad[rows]
                 with autocast():
-                    logp, entropy = policy.score(tokens[rows], P, args.temperature, None if pad is None else pad[rows])
+                    logp, entropy = policy.score(tokens[rows], P, args.temperature, pads)
                 logp = logp.view(-1, G, length)
-                loss, stats = grpo_loss(logp, logp.detach() if updates == 1 else logp_old[part], logp_ref[part],
-                                        adv[part], mask[part], objective, max_len=T)
+                old = logp.detach() if updates == 1 else logp_old[part]
+                loss, stats = grpo_loss(logp, old, logp_ref[part], adv[part], mask[part], objective, max_len=T)
                 loss.backward()
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
                 checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm, **stats)
@@ -169,17 +171,20 @@ def main(args):
                 stats |= {"loss": loss.detach(), "grad_norm": grad_norm,
                           "entropy": entropy[mask[part].flatten(0, 1)].mean()}
                 ratio_max = max(sums.get("ratio_max", 0.0), stats.pop("ratio_max").item())
-                sums = {k: sums.get(k, 0.0) + v.item() / updates for k, v in stats.items()} | {"ratio_max": ratio_max}
+                sums = {k: sums.get(k, 0.0) + v.item() / updates for k, v in stats.items()}
+                sums["ratio_max"] = ratio_max
 
         # ---- log ----
         elapsed = time.perf_counter() - clock
         new_tokens = int(mask.sum())
         seconds, samples, tokens_seen = seconds + elapsed, samples + B * G, tokens_seen + new_tokens
         gold = JUDGES[args.gold](texts, asked_each.texts)
+        frac_zero_std = None if G == 1 else (reward.view(B, G).std(1) == 0).float().mean()
         sums.pop("pg_loss")
         log.write(step=step, mean_r=reward.mean(), token_adv=adv.abs().mean(), samples=samples, tokens=tokens_seen,
-                  seconds=seconds, gold=sum(gold) / len(gold), length=new_tokens / (B * G), distinct=distinct(texts),
-                  ref_logp=logp_ref[mask].mean(), frac_zero_std=(reward.std(1) == 0).float().mean() if G > 1 else None,
+                  seconds=seconds, gold=sum(gold) / len(gold), length=new_tokens / (B * G),
+                  distinct=distinct(texts), frac_zero_std=frac_zero_std,
+                  ref_logp=logp_ref[mask].mean(),
                   tokens_per_s=new_tokens / elapsed, peak_mem_mb=peak_mem_mb(device), **sums, **row)
         if interrupt.asked:
             save(step + 1)

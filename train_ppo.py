@@ -1,7 +1,7 @@
-"""PPO on text: a value network is the baseline, and the KL to π₀ is part of each token's reward (arXiv:1707.06347).
+"""PPO on text: a value network is the baseline, and the KL to π₀ is part of each token's reward.
 
-The same banners in the same order as train_grpo.py: the diff between the two files is the lesson. Rollouts, reward, KL
-column and number of samples are GRPO's; RLHF details as in InstructGPT (arXiv:2203.02155).
+The same banners in the same order as train_grpo.py: the diff between the two files is the lesson. Rollouts,
+reward, KL column and number of samples are GRPO's. arXiv:1707.06347; on text: InstructGPT, arXiv:2203.02155.
 Left out: several processes, adaptive KL, a trunk shared by policy and critic.
 Run: python train_ppo.py
 """
@@ -24,8 +24,8 @@ from utils.rewards import JUDGES, distinct
 from utils.task import load_prompts, load_scorer, step_generator
 from utils.text import completions
 
-COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac", "ratio_max",
-           "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s", "peak_mem_mb", "explained_variance",
+COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac",
+           "ratio_max", "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s", "peak_mem_mb", "explained_variance",
            "value_loss", "value_clip_frac"]
 
 
@@ -38,7 +38,7 @@ class Args:
     data: str = "auto"  # where prompts come from, as in sft.py
     prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
     prompts_per_step: int = 16
-    group_size: int = 8  # answers to each prompt, so that rollouts are GRPO's; the advantage makes no use of groups
+    group_size: int = 8  # answers to each prompt: the rollouts are GRPO's, the advantage makes no use of groups
     prompt_len: int = 32
     max_new: int = 48
     temperature: float = 1.0
@@ -57,7 +57,7 @@ class Args:
     eval_prompts: int = 64  # held-out ones
     save_every: int = 20
     device: str = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls in scoring and update; sampling is float32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update; sampling is float32
     seed: int = 0
     log: str = "logs/ppo.csv"
     out: str = "out/ppo"
@@ -67,8 +67,8 @@ class Args:
 
 def main(args):
     # ---- set-up ----
-    at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3, epochs_per_rollout=1,
-             minibatches=1, beta=0.0, steps=1, eval_every=1, eval_prompts=1, save_every=1)
+    at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3,
+             epochs_per_rollout=1, minibatches=1, beta=0.0, steps=1, eval_every=1, eval_prompts=1, save_every=1)
     B, G = args.prompts_per_step, args.group_size
     updates = args.epochs_per_rollout * args.minibatches
     if B * G % args.minibatches:
@@ -81,8 +81,8 @@ def main(args):
     prompts, held_out = load_prompts(args.prompts, args.data, tokenizer, args.prompt_len)
     P, T = prompts.tokens.shape[1], args.max_new
     if P + T > policy.config.block_size:
-        die(f"prompts of {P} tokens + --max_new {T} don't fit the policy's context of {policy.config.block_size} tokens: "
-            "shorten one, or train π₀ with a larger --block_size")
+        die(f"prompts of {P} tokens + --max_new {T} don't fit the policy's context of "
+            f"{policy.config.block_size} tokens: shorten one, or train π₀ with a larger --block_size")
     score = load_scorer(args.reward, args.reward_model, args.policy, tokenizer, device)
     critic = ValueModel(policy.config).to(device).eval()
     critic.trunk.load_state_dict(policy.state_dict())
@@ -162,10 +162,10 @@ def main(args):
         for epoch in range(args.epochs_per_rollout):
             for rows in torch.randperm(B * G, generator=generator).chunk(args.minibatches):
                 rows = rows.to(device)
+                m, pads = mask[rows], None if pad is None else pad[rows]
                 with autocast():
-                    logp, entropy = policy.score(tokens[rows], P, args.temperature, None if pad is None else pad[rows])
-                    value = critic(tokens[rows, :-1], None if pad is None else pad[rows])[:, P - 1:]
-                m = mask[rows]
+                    logp, entropy = policy.score(tokens[rows], P, args.temperature, pads)
+                    value = critic(tokens[rows, :-1], pads)[:, P - 1:]
                 loss, stats = ppo_policy_loss(logp, logp_old[rows], adv[rows], m, args.eps)
                 loss_v, stats_v = value_loss(value, value_old[rows], returns[rows], m, args.value_clip)
                 loss = loss + loss_v  # the two share no parameters: each has its own learning rate
@@ -175,20 +175,25 @@ def main(args):
                 checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm, **stats)
                 optimizer.step()
                 optimizer.zero_grad()
-                stats |= stats_v | {"loss": loss.detach(), "grad_norm": grad_norm, "entropy": masked_mean(entropy, m),
+                stats |= stats_v | {"loss": loss.detach(), "grad_norm": grad_norm,
+                                    "entropy": masked_mean(entropy, m),
                                     "kl": masked_mean(kl_penalty(logp.detach(), logp_ref[rows]), m)}
                 ratio_max = max(sums.get("ratio_max", 0.0), stats.pop("ratio_max").item())
-                sums = {k: sums.get(k, 0.0) + v.item() / updates for k, v in stats.items()} | {"ratio_max": ratio_max}
+                sums = {k: sums.get(k, 0.0) + v.item() / updates for k, v in stats.items()}
+                sums["ratio_max"] = ratio_max
 
         # ---- log ----
         elapsed = time.perf_counter() - clock
         new_tokens = int(mask.sum())
         seconds, samples, tokens_seen = seconds + elapsed, samples + B * G, tokens_seen + new_tokens
         gold = JUDGES[args.gold](texts, asked_each.texts)
+        frac_zero_std = None if G == 1 else (reward.view(B, G).std(1) == 0).float().mean()
         sums.pop("pg_loss")
-        log.write(step=step, mean_r=reward.mean(), token_adv=masked_mean(adv.abs(), mask), samples=samples, tokens=tokens_seen,
-                  seconds=seconds, gold=sum(gold) / len(gold), length=new_tokens / (B * G), distinct=distinct(texts),
-                  ref_logp=logp_ref[mask].mean(), frac_zero_std=(reward.view(B, G).std(1) == 0).float().mean() if G > 1 else None,
+        log.write(step=step, mean_r=reward.mean(), token_adv=masked_mean(adv.abs(), mask), samples=samples,
+                  tokens=tokens_seen,
+                  seconds=seconds, gold=sum(gold) / len(gold), length=new_tokens / (B * G),
+                  distinct=distinct(texts), frac_zero_std=frac_zero_std,
+                  ref_logp=logp_ref[mask].mean(),
                   tokens_per_s=new_tokens / elapsed, peak_mem_mb=peak_mem_mb(device), **sums, **row)
         if interrupt.asked:
             save(step + 1)
