@@ -82,7 +82,8 @@ def value_loss(value, value_old, returns, mask, clip=0.2):
     explained_variance of value_old.
     """
     check(value=value, value_old=value_old, returns=returns, mask=mask)
-    value, value_old, returns = (promote(x).masked_fill(~mask.bool(), 0.0) for x in (value, value_old, returns))
+    value, value_old, returns = (promote(x).masked_fill(~mask.bool(), 0.0)
+                                 for x in (value, value_old, returns))
     clipped = value_old + (value - value_old).clamp(-clip, clip)
     plain, bounded = (value - returns).square(), (clipped - returns).square()
     loss = 0.5 * masked_mean(torch.maximum(plain, bounded), mask)

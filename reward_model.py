@@ -1,8 +1,9 @@
 """Reward model: pairs of answers, labelled by a judge -> out/reward/reward.pth, one number an answer.
 
-π₀ answers a prompt twice, a gold judge prefers one through a Bradley-Terry draw, P(a ≻ b) = σ((g_a - g_b) / temperature),
-and a GPT trunk with one scalar a token learns to agree: -log σ(r_chosen - r_rejected) (Ouyang et al., arXiv:2203.02155,
-eq. 1). Scores are shifted and scaled to mean 0, std 1 on π₀'s answers to held-out prompts.
+π₀ answers a prompt twice, a gold judge prefers one through a Bradley-Terry draw,
+P(a ≻ b) = σ((g_a - g_b) / temperature), and a GPT trunk with one scalar a token learns to agree:
+-log σ(r_chosen - r_rejected) (Ouyang et al., arXiv:2203.02155, eq. 1). Scores are shifted and scaled to
+mean 0, std 1 on the held-out pairs' answers.
 Left out: ensembles, margins, more than two answers a prompt.
 Run: python reward_model.py
 """
@@ -25,8 +26,8 @@ from utils.rewards import JUDGES
 from utils.task import load_prompts, step_generator
 from utils.text import completions, left_pad, read_jsonl
 
-COLUMNS = [*SHARED, "accuracy", "held_out", "held_out_accuracy", "judge_accuracy", "untied", "lr", "grad_norm",
-           "seconds", "peak_mem_mb"]
+COLUMNS = [*SHARED, "accuracy", "held_out", "held_out_accuracy", "judge_accuracy", "untied", "lr",
+           "grad_norm", "seconds", "peak_mem_mb"]
 MADE_BY = "python reward_model.py"
 
 
@@ -65,8 +66,8 @@ class Args:
 class RewardModel(nn.Module):
     """A GPT trunk and one scalar a token, pooled over the answer's real tokens: the sum, or the last one's.
 
-    The scalar is head(hidden) + word[token]. π₀'s features say what comes next, hardly what a reader feels (linear
-    probes on them order 59 % of the pairs, on the bare token ids 69 %), so each token also has a number of its own.
+    The scalar is head(hidden) + word[token]. π₀'s features say what comes next, hardly what a reader feels
+    (linear probes order 59 % of the pairs, on bare token ids 69 %), so each token also has its own number.
     """
 
     def __init__(self, config, pool="sum"):
@@ -108,7 +109,7 @@ class Pairs:
     gold: torch.Tensor | None  # (M, 2), the judge's own scores
 
     def pick(self, index):
-        """A batch as the model wants it: tokens (2M, P + T), mask (2M, T), pad (2M,); pairs stay neighbours."""
+        """A batch for the model: tokens (2M, P + T), mask (2M, T), pad (2M,); pairs stay neighbours."""
         length = int(self.mask[index].any(1).any(0).nonzero().max()) + 1  # no token behind the longest answer
         cut = self.mask.shape[2] - length
         tokens = self.tokens[index].flatten(0, 1)
@@ -117,7 +118,7 @@ class Pairs:
 
 
 def sample_pairs(policy, tokenizer, prompts, n, args, seed, device):
-    """n pairs of answers to prompts drawn at random, labelled by the judge -> Pairs, and their texts for the reader."""
+    """n pairs of answers to prompts drawn at random, labelled by the judge -> Pairs, and their texts."""
     generator = step_generator(args.seed, seed)
     index = torch.cat([torch.randperm(len(prompts.texts), generator=generator)
                        for _ in range(-(-n // len(prompts.texts)))])[:n]
@@ -139,7 +140,8 @@ def sample_pairs(policy, tokenizer, prompts, n, args, seed, device):
     rows = torch.arange(n)[:, None]
     pairs = Pairs(torch.cat(tokens).view(n, 2, -1)[rows, order], torch.cat(masks).view(n, 2, -1)[rows, order],
                   asked.pad, gold.gather(1, order))
-    return pairs, [(asked.texts[i], texts[2 * i + a], texts[2 * i + b]) for i, (a, b) in enumerate(order.tolist())]
+    return pairs, [(asked.texts[i], texts[2 * i + a], texts[2 * i + b])
+                   for i, (a, b) in enumerate(order.tolist())]
 
 
 def read_pairs(path, tokenizer, block_size):
@@ -150,8 +152,8 @@ def read_pairs(path, tokenizer, block_size):
     longest = max(map(len, answers))
     if longest + 1 > block_size:
         row = max(range(len(answers)), key=lambda i: len(answers[i])) // 2
-        die(f"--pairs {path}: an answer of example {row + 1} has {longest} tokens, which with a prompt don't fit the "
-            f"context of {block_size}")
+        die(f"--pairs {path}: an answer of example {row + 1} has {longest} tokens, which with a prompt don't "
+            f"fit the context of {block_size}")
     prompts, pad = left_pad([tokenizer.encode(row["prompt"]) or [0] for row in rows])
     keep = min(prompts.shape[1], block_size - longest)
     pad = None if pad is None else (pad - (prompts.shape[1] - keep)).clamp(min=0)
@@ -177,21 +179,23 @@ def evaluate(model, pairs, device, autocast):
     if pairs.gold is not None:
         gold_gap = pairs.gold[:, 0] - pairs.gold[:, 1]
         untied = gold_gap != 0
-        row |= {"judge_accuracy": (gap.sign() == gold_gap.sign())[untied].float().mean(), "untied": untied.float().mean()}
+        row["judge_accuracy"] = (gap.sign() == gold_gap.sign())[untied].float().mean()
+        row["untied"] = untied.float().mean()
     return row, scores
 
 
 def main(args):
     # ---- set-up ----
-    at_least(args, layers=1, n_pairs=args.batch_size, batch_size=1, held_out_pairs=2, epochs=1, max_new=1, prompt_len=1,
-             label_temperature=0.0, eval_every=1)
+    at_least(args, layers=1, n_pairs=args.batch_size, batch_size=1, held_out_pairs=2, epochs=1, max_new=1,
+             prompt_len=1, label_temperature=0.0, eval_every=1)
     device = pick_device(args.device)
     autocast, dtype = pick_autocast(device, args.dtype)
     torch.manual_seed(args.seed)
     policy, tokenizer = checkpoint.load_policy(args.policy, device)
     layers = min(args.layers, policy.config.n_layer)
     model = RewardModel(replace(policy.config, n_layer=layers), args.pool).to(device)
-    model.trunk.load_state_dict({k: v for k, v in policy.state_dict().items() if k in model.trunk.state_dict()})
+    kept = model.trunk.state_dict().keys()
+    model.trunk.load_state_dict({k: v for k, v in policy.state_dict().items() if k in kept})
 
     # ---- pairs ----
     clock = time.perf_counter()
@@ -201,18 +205,20 @@ def main(args):
         cut = max(1, len(order) // 10)
         if len(order) < 2:
             die(f"--pairs {args.pairs} holds {len(order)} pair: wanted at least 2, one is held out")
-        train, held_out = (Pairs(every.tokens[i], every.mask[i], None if every.pad is None else every.pad[i], None)
-                           for i in (order[cut:], order[:cut]))
+        train, held_out = (
+            Pairs(every.tokens[i], every.mask[i], None if every.pad is None else every.pad[i], None)
+            for i in (order[cut:], order[:cut]))
     else:
         if args.prompt_len + args.max_new > policy.config.block_size:
-            die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's context of "
-                f"{policy.config.block_size} tokens: shorten one")
+            die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's context "
+                f"of {policy.config.block_size} tokens: shorten one")
         prompts = load_prompts("", args.data, tokenizer, args.prompt_len)
         train, texts = sample_pairs(policy, tokenizer, prompts[0], args.n_pairs, args, 0, device)
         held_out, _ = sample_pairs(policy, tokenizer, prompts[1], args.held_out_pairs, args, 1, device)
         lines = [json_line(prompt=p, chosen=c, rejected=r) for p, c, r in texts]
         atomic_write(f"{args.out}/pairs.jsonl", "".join(lines).encode())
-    print(f"{len(train.tokens):,} + {len(held_out.tokens):,} pairs, {time.perf_counter() - clock:.0f} s, {device}, {dtype}")
+    print(f"{len(train.tokens):,} + {len(held_out.tokens):,} pairs, {time.perf_counter() - clock:.0f} s, "
+          f"{device}, {dtype}")
 
     groups = [{"params": part.parameters(), "peak_lr": lr} for part, lr in
               ((model.trunk, args.lr), (model.head, args.head_lr), (model.word, args.word_lr))]
@@ -245,7 +251,7 @@ def main(args):
         # ---- update ----
         clock = time.perf_counter()
         warmup = max(1, int(args.warmup * total))
-        share = min((step + 1) / warmup, (total - step) / (total - warmup + 1))  # up, then down, both straight
+        share = min((step + 1) / warmup, (total - step) / (total - warmup + 1))  # straight up, then down
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
         epoch, place = divmod(step, per_epoch)
@@ -263,22 +269,25 @@ def main(args):
 
         # ---- log ----
         seconds += time.perf_counter() - clock
-        log.write(step=step, loss=loss, mean_r=score.mean(), accuracy=(chosen > rejected).float().mean(), lr=args.lr * share,
-                  grad_norm=grad_norm, seconds=seconds, peak_mem_mb=peak_mem_mb(device), **row)
+        log.write(step=step, loss=loss, mean_r=score.mean(), accuracy=(chosen > rejected).float().mean(),
+                  lr=args.lr * share, grad_norm=grad_norm, seconds=seconds, peak_mem_mb=peak_mem_mb(device),
+                  **row)
         if interrupt.asked:
             save(step + 1)
             log.close()
             interrupt.leave(resume_command())
     log.close()
 
-    # ---- normalise on π₀'s own answers, save ----
+    # ---- normalise on the held-out answers, save ----
     model.mean.copy_(scores.mean())
     model.std.copy_(scores.std().clamp(min=1e-6))
-    checkpoint.save(f"{args.out}/reward.pth", "reward", model, tokenizer, pool=args.pool, mean=model.mean.item(),
-                    std=model.std.item(), judge="" if args.pairs else args.judge)
-    judged = f", {row['judge_accuracy']:.3f} against the judge on untied pairs" if "judge_accuracy" in row else ""
-    print(f"held-out accuracy {row['held_out_accuracy']:.3f} against the noisy labels{judged}; {seconds:.0f} s; "
-          f"wrote {args.out}/reward.pth and {args.log}")
+    checkpoint.save(f"{args.out}/reward.pth", "reward", model, tokenizer, pool=args.pool,
+                    mean=model.mean.item(), std=model.std.item(), judge="" if args.pairs else args.judge)
+    judged = ""
+    if "judge_accuracy" in row:
+        judged = f", {row['judge_accuracy']:.3f} against the judge on untied pairs"
+    print(f"held-out accuracy {row['held_out_accuracy']:.3f} against the noisy labels{judged}; "
+          f"{seconds:.0f} s; wrote {args.out}/reward.pth and {args.log}")
     return row
 
 

@@ -1,7 +1,7 @@
-"""The whole pipeline on a laptop: corpus -> π₀ -> preferences -> reward model -> GRPO and PPO -> curves and samples.
+"""The whole pipeline on a laptop: corpus -> π₀ -> preferences -> reward model -> GRPO, PPO -> curves.
 
-Every stage is a command of this repository, printed before it runs, so that you can run it yourself. What is done stays
-done: a second run reuses it, a broken one goes on where it stopped, --fresh begins anew.
+Every stage is a command of this repository, printed before it runs, so that you can run it yourself. What is
+done stays done: a second run reuses it, a broken one goes on where it stopped, --fresh begins anew.
 Left out: tuning (results/sweep.csv has it), seeds (results/ has three).
 Run: python rlhf_demo.py
 """
@@ -49,7 +49,7 @@ def finished(log, total):
 
 
 def run(script, output, inputs, last_step, args, *flags):
-    """Runs a stage unless the same command has already made `output` from these inputs; resumes it if it broke off."""
+    """Runs a stage unless this very command made `output` from these inputs; resumes it if it broke off."""
     name = Path(output).parts[1]
     command = ["python", script, *map(str, flags), "--seed", str(args.seed), "--device", args.device]
     shown = " ".join(command)
@@ -72,7 +72,7 @@ def run(script, output, inputs, last_step, args, *flags):
 
 @torch.no_grad()
 def measure(policy, ref, tokenizer, prompts, score, seed):
-    """What the table says of a policy: one answer to each held-out prompt, the same random numbers for all policies."""
+    """A policy's numbers in the table: an answer to each held-out prompt, the same draws for every policy."""
     tokens, _, mask, texts = sample_texts(policy, tokenizer, prompts, 48, seed=seed)
     P = prompts.tokens.shape[1]
     logp, entropy = policy.score(tokens, P)
@@ -94,7 +94,7 @@ def main(args):
     at_least(args, steps=1, sft_steps=0, eval_prompts=4)
     began = time.perf_counter()
     text, source = load_corpus(args.data)
-    data = "shakespeare" if source == "tinyshakespeare" else "play" if source == "bell_of_merrow.txt" else args.data
+    data = {"tinyshakespeare": "shakespeare", "bell_of_merrow.txt": "play"}.get(source, args.data)
     sft_steps = args.sft_steps or (900 if len(text) > 300_000 else 300)
     policy, reward = "out/sft/policy.pth", "out/reward/reward.pth"
 
@@ -102,8 +102,8 @@ def main(args):
     run("sft.py", policy, [], sft_steps, args, "--data", data, "--steps", sft_steps)
     run("reward_model.py", reward, [policy], 1, args, "--data", data)
     for name in ("grpo", "ppo"):
-        run(f"train_{name}.py", f"out/{name}/policy.pth", [policy, reward], args.steps - 1, args, "--data", data,
-            "--steps", args.steps)
+        run(f"train_{name}.py", f"out/{name}/policy.pth", [policy, reward], args.steps - 1, args,
+            "--data", data, "--steps", args.steps)
 
     # ---- the table: three policies, the same held-out prompts ----
     device = pick_device(args.device)
@@ -114,16 +114,16 @@ def main(args):
     prompts = prompts.pick(order[:args.eval_prompts])
     console = Console(width=None if sys.stdout.isatty() else 110)
     table = Table(title=f"{len(prompts.texts)} held-out prompts of {source}, one answer each")
-    for column in ("", "reward-model score", "gold (sentiment)", "KL to π₀, nats/token", "entropy, nats", "length, tokens",
-                   "seconds", "peak MB"):
+    for column in ("", "reward-model score", "gold (sentiment)", "KL to π₀, nats/token", "entropy, nats",
+                   "length, tokens", "seconds", "peak MB"):
         table.add_column(column, justify="left" if not column else "right")
     answers = {}
     for label, name in (("π₀", "sft"), ("GRPO", "grpo"), ("PPO", "ppo")):
         model = checkpoint.load_policy(f"out/{name}/policy.pth", device)[0]
         m, answers[label] = measure(model, ref, tokenizer, prompts, score, args.seed)
         seconds, peak = cost(name)
-        table.add_row(label, f"{m['score']:+.2f}", f"{m['gold']:+.2f}", f"{m['kl']:.3f}", f"{m['entropy']:.2f}",
-                      f"{m['length']:.1f}", f"{seconds:.0f}", f"{peak:.0f}")
+        table.add_row(label, f"{m['score']:+.2f}", f"{m['gold']:+.2f}", f"{m['kl']:.3f}",
+                      f"{m['entropy']:.2f}", f"{m['length']:.1f}", f"{seconds:.0f}", f"{peak:.0f}")
 
     # ---- samples: the same four prompts, never chosen ----
     side = Table(title="the first four of these prompts", show_lines=True)
@@ -138,7 +138,8 @@ def main(args):
     files = ["logs/grpo.csv", "logs/ppo.csv"]
     for metric, name in (("mean_r", "reward"), ("kl", "kl"), ("entropy", "entropy"), ("loss", "loss")):
         print(f"figure: {plot_metric(files, metric, f'logs/{name}_comparison.png')}")
-    print(f"figure: {plot_panels(files, ['mean_r', 'gold', 'kl', 'entropy', 'loss', 'length'], 'logs/overview.png', optional=True)}")
+    panels = ["mean_r", "gold", "kl", "entropy", "loss", "length"]
+    print(f"figure: {plot_panels(files, panels, 'logs/overview.png', optional=True)}")
     print(f"done in {time.perf_counter() - began:.0f} s")
 
 

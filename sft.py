@@ -1,7 +1,8 @@
 """SFT, supervised fine-tuning: corpus -> out/sft/policy.pth, the reference policy π₀ of all that follows.
 
-Next-token cross-entropy on random windows, nanoGPT's recipe (github.com/karpathy/nanoGPT): AdamW, warm-up, cosine decay.
-The weights of the best held-out loss are kept. Losses are logged per token and per character, so that tokenizers compare.
+Next-token cross-entropy on random windows, nanoGPT's recipe (github.com/karpathy/nanoGPT): AdamW, warm-up,
+cosine decay. The weights of the best held-out loss are kept. Losses are logged per token and per character,
+so that tokenizers compare.
 Left out: several documents, packing, gradient accumulation.
 Run: python sft.py
 """
@@ -25,8 +26,8 @@ from utils.task import Prompts, sample_texts, step_generator
 from utils.text import heading_prompts, load_corpus, split
 from utils.tokenizer import train_tokenizer
 
-COLUMNS = [*SHARED, "held_out", "loss_char", "held_out_char", "lr", "grad_norm", "tokens", "seconds", "tokens_per_s",
-           "peak_mem_mb"]
+COLUMNS = [*SHARED, "held_out", "loss_char", "held_out_char", "lr", "grad_norm", "tokens", "seconds",
+           "tokens_per_s", "peak_mem_mb"]
 
 
 @dataclass
@@ -109,19 +110,20 @@ def main(args):
     text, source = load_corpus(args.data)
     parts = split(text)
     tokenizer = train_tokenizer(args.tokenizer, text, args.vocab_size)
-    heading_prompts(parts[1], tokenizer, 8, source)  # no headings, no prompts later: say so before the training
+    heading_prompts(parts[1], tokenizer, 8, source)  # no headings, no prompts later: say so before training
     train, held_out = (torch.tensor(tokenizer.encode(part)) for part in parts)
     chars_per_token = [len(part) / len(ids) for part, ids in zip(parts, (train, held_out))]
     if len(held_out) < args.block_size + 2:
-        die(f"the held-out tenth of {source} has {len(held_out)} tokens: wanted more than --block_size {args.block_size}")
+        die(f"the held-out tenth of {source} has {len(held_out)} tokens: wanted more than --block_size "
+            f"{args.block_size}")
     if args.init and args.tokenizer != "gpt2":
         die(f"--init {args.init} has GPT-2's vocabulary: wanted --tokenizer gpt2, got {args.tokenizer}")
     layers, heads, width = SIZES[args.size]
     model = GPT.from_pretrained(args.init) if args.init else GPT(
         GPTConfig(tokenizer.vocab_size, args.block_size, layers, heads, width, args.dropout))
     model = model.to(device).train()
-    optimizer = torch.optim.AdamW(optimizer_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, args.beta2),
-                                  fused=True)
+    optimizer = torch.optim.AdamW(optimizer_groups(model, args.weight_decay), lr=args.lr,
+                                  betas=(0.9, args.beta2), fused=True)
     start, seconds, best = 0, 0.0, math.inf
     if args.resume:
         state = checkpoint.load_state(f"{args.out}/state.pth", args, "python sft.py")
@@ -132,12 +134,14 @@ def main(args):
                      parameters=sum(p.numel() for p in model.parameters()))
     log = Log(args.log, COLUMNS, args.steps, start, args.track, asdict(args))
     interrupt = Interrupt()
-    print(f"{source}: {len(train):,} + {len(held_out):,} tokens of {tokenizer.name}, {chars_per_token[0]:.2f} characters "
-          f"each; {args.size}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")
+    print(f"{source}: {len(train):,} + {len(held_out):,} tokens of {tokenizer.name}, "
+          f"{chars_per_token[0]:.2f} characters each; "
+          f"{args.size}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")
 
     def save(step):
         checkpoint.save(f"{args.out}/state.pth", "state", model, tokenizer, optimizer=optimizer.state_dict(),
-                        step=step, seconds=seconds, best=best, args=asdict(args), threads=torch.get_num_threads())
+                        step=step, seconds=seconds, best=best, args=asdict(args),
+                        threads=torch.get_num_threads())
 
     for step in range(start, args.steps + 1):
         # ---- evaluate, keep the best ----
@@ -161,6 +165,7 @@ def main(args):
         starts = torch.randint(len(train) - args.block_size - 1, (args.batch_size,),
                                generator=step_generator(args.seed, step))
         x, y = windows(train, starts, args.block_size)
+        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout's masks, so that a resume draws the same
         with autocast():
             logits = model(x.to(device))
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten().to(device))
@@ -191,8 +196,8 @@ def main(args):
     answers = sample_texts(policy, tokenizer, prompts, args.block_size - prompt_len, seed=args.seed)[3]
     for prompt, answer in zip(prompts.texts, answers):
         print(f"\n{prompt.splitlines()[-1]}\n{answer}")
-    print(f"\nbest held-out loss {best:.4f} nats a token, {best / chars_per_token[1]:.4f} a character, {seconds:.0f} s; "
-          f"wrote {args.out}/policy.pth and {args.log}")
+    print(f"\nbest held-out loss {best:.4f} nats a token, {best / chars_per_token[1]:.4f} a character, "
+          f"{seconds:.0f} s; wrote {args.out}/policy.pth and {args.log}")
     return best / chars_per_token[1]
 
 

@@ -43,7 +43,7 @@ class Args:
     epochs_per_rollout: int = 1
     minibatches: int = 1  # optimizer steps an epoch
     beta: float | None = 0.05  # weight of the KL penalty; None: the objective's own
-    lr: float = 1e-4
+    lr: float = 1.5e-4
     steps: int = 60
     grad_clip: float = 1.0
     eval_every: int = 20
@@ -61,7 +61,8 @@ class Args:
 def main(args):
     # ---- set-up ----
     at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3,
-             epochs_per_rollout=1, minibatches=1, beta=0.0, steps=1, eval_every=1, eval_prompts=1, save_every=1)
+             epochs_per_rollout=1, minibatches=1, beta=0.0, steps=1, eval_every=1, eval_prompts=1,
+             save_every=1)
     B, G = args.prompts_per_step, args.group_size
     objective = OBJECTIVES[args.objective]
     if args.beta is not None:
@@ -70,8 +71,8 @@ def main(args):
     if G < 2 and objective.baseline != "none":
         die(f"--group_size {G}: {args.objective} compares answers to one prompt, wanted at least 2")
     if objective.ratio == "none" and updates > 1:
-        die(f"--objective {args.objective} has no ratio: {updates} updates a rollout would be off-policy, wanted "
-            "1 epoch and 1 minibatch")
+        die(f"--objective {args.objective} has no ratio: {updates} updates a rollout would be off-policy, "
+            "wanted 1 epoch and 1 minibatch")
     if B % args.minibatches:
         die(f"--minibatches {args.minibatches} doesn't divide --prompts_per_step {B}")
     device = pick_device(args.device)
@@ -113,9 +114,9 @@ def main(args):
     def save(step):
         common = {"model": policy, "tokenizer": tokenizer}
         checkpoint.save(f"{args.out}/policy.pth", "policy", **common)
-        checkpoint.save(f"{args.out}/state.pth", "state", **common, optimizer=optimizer.state_dict(), step=step,
-                        seconds=seconds, samples=samples, tokens=tokens_seen, args=asdict(args),
-                        threads=torch.get_num_threads())
+        checkpoint.save(f"{args.out}/state.pth", "state", **common,
+                        optimizer=optimizer.state_dict(), step=step, seconds=seconds, samples=samples,
+                        tokens=tokens_seen, args=asdict(args), threads=torch.get_num_threads())
 
     for step in range(start, args.steps):
         row = {}
@@ -162,7 +163,8 @@ def main(args):
                     logp, entropy = policy.score(tokens[rows], P, args.temperature, pads)
                 logp = logp.view(-1, G, length)
                 old = logp.detach() if updates == 1 else logp_old[part]
-                loss, stats = grpo_loss(logp, old, logp_ref[part], adv[part], mask[part], objective, max_len=T)
+                loss, stats = grpo_loss(logp, old, logp_ref[part], adv[part], mask[part], objective,
+                                        max_len=T)
                 loss.backward()
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
                 checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm, **stats)
@@ -181,11 +183,11 @@ def main(args):
         gold = JUDGES[args.gold](texts, asked_each.texts)
         frac_zero_std = None if G == 1 else (reward.view(B, G).std(1) == 0).float().mean()
         sums.pop("pg_loss")
-        log.write(step=step, mean_r=reward.mean(), token_adv=adv.abs().mean(), samples=samples, tokens=tokens_seen,
-                  seconds=seconds, gold=sum(gold) / len(gold), length=new_tokens / (B * G),
-                  distinct=distinct(texts), frac_zero_std=frac_zero_std,
-                  ref_logp=logp_ref[mask].mean(),
-                  tokens_per_s=new_tokens / elapsed, peak_mem_mb=peak_mem_mb(device), **sums, **row)
+        log.write(step=step, mean_r=reward.mean(), token_adv=adv.abs().mean(), samples=samples,
+                  tokens=tokens_seen, seconds=seconds, gold=sum(gold) / len(gold),
+                  length=new_tokens / (B * G), distinct=distinct(texts), frac_zero_std=frac_zero_std,
+                  ref_logp=logp_ref[mask].mean(), tokens_per_s=new_tokens / elapsed,
+                  peak_mem_mb=peak_mem_mb(device), **sums, **row)
         if interrupt.asked:
             save(step + 1)
             log.close()

@@ -25,8 +25,8 @@ from utils.task import load_prompts, load_scorer, step_generator
 from utils.text import completions
 
 COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac",
-           "ratio_max", "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s", "peak_mem_mb", "explained_variance",
-           "value_loss", "value_clip_frac"]
+           "ratio_max", "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s", "peak_mem_mb",
+           "explained_variance", "value_loss", "value_clip_frac"]
 
 
 @dataclass
@@ -38,18 +38,18 @@ class Args:
     data: str = "auto"  # where prompts come from, as in sft.py
     prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
     prompts_per_step: int = 16
-    group_size: int = 8  # answers to each prompt: the rollouts are GRPO's, the advantage makes no use of groups
+    group_size: int = 8  # answers to each prompt: rollouts are GRPO's, the advantage makes no use of groups
     prompt_len: int = 32
     max_new: int = 48
     temperature: float = 1.0
-    epochs_per_rollout: int = 2
+    epochs_per_rollout: int = 1
     minibatches: int = 4  # optimizer steps an epoch
     beta: float = 0.05  # weight of the KL penalty in the reward
     eps: float = 0.2  # the policy's clip
     gamma: float = 1.0
     lam: float = 0.95
-    lr: float = 1e-4
-    value_lr: float = 5e-4
+    lr: float = 5e-5
+    value_lr: float = 1e-3
     value_clip: float = 0.5  # in units of the reward
     steps: int = 60
     grad_clip: float = 1.0
@@ -68,7 +68,8 @@ class Args:
 def main(args):
     # ---- set-up ----
     at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3,
-             epochs_per_rollout=1, minibatches=1, beta=0.0, steps=1, eval_every=1, eval_prompts=1, save_every=1)
+             epochs_per_rollout=1, minibatches=1, beta=0.0, steps=1, eval_every=1, eval_prompts=1,
+             save_every=1)
     B, G = args.prompts_per_step, args.group_size
     updates = args.epochs_per_rollout * args.minibatches
     if B * G % args.minibatches:
@@ -190,11 +191,10 @@ def main(args):
         frac_zero_std = None if G == 1 else (reward.view(B, G).std(1) == 0).float().mean()
         sums.pop("pg_loss")
         log.write(step=step, mean_r=reward.mean(), token_adv=masked_mean(adv.abs(), mask), samples=samples,
-                  tokens=tokens_seen,
-                  seconds=seconds, gold=sum(gold) / len(gold), length=new_tokens / (B * G),
-                  distinct=distinct(texts), frac_zero_std=frac_zero_std,
-                  ref_logp=logp_ref[mask].mean(),
-                  tokens_per_s=new_tokens / elapsed, peak_mem_mb=peak_mem_mb(device), **sums, **row)
+                  tokens=tokens_seen, seconds=seconds, gold=sum(gold) / len(gold),
+                  length=new_tokens / (B * G), distinct=distinct(texts), frac_zero_std=frac_zero_std,
+                  ref_logp=logp_ref[mask].mean(), tokens_per_s=new_tokens / elapsed,
+                  peak_mem_mb=peak_mem_mb(device), **sums, **row)
         if interrupt.asked:
             save(step + 1)
             log.close()

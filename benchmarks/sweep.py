@@ -18,9 +18,10 @@ from utils.cli import at_least, atomic_write, parse  # noqa: E402  (after the pa
 
 TRIALS = {
     "grpo": [{"lr": lr, "epochs_per_rollout": e, "minibatches": m}
-             for lr, e, m in ((1e-4, 1, 1), (3e-4, 1, 1), (1e-4, 1, 4), (1.5e-4, 1, 1))],
+             for lr, e, m in ((1e-4, 1, 1), (3e-4, 1, 1), (1e-4, 1, 4), (1.5e-4, 1, 1), (5e-5, 1, 4))],
     "ppo": [{"lr": lr, "value_lr": v, "epochs_per_rollout": e, "minibatches": m}
-            for lr, v, e, m in ((1e-4, 1e-3, 1, 4), (3e-4, 1e-3, 1, 2), (3e-5, 1e-3, 1, 4), (1e-4, 1e-3, 1, 1))],
+            for lr, v, e, m in ((1e-4, 1e-3, 1, 4), (3e-4, 1e-3, 1, 2), (3e-5, 1e-3, 1, 4), (1e-4, 1e-3, 1, 1),
+                                (5e-5, 1e-3, 1, 4))],
 }
 
 

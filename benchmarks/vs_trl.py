@@ -263,7 +263,7 @@ def main(args):
     for clock, label in (("seconds", "a step"), ("wall", "from step to step")):
         for name, ratio in found["trl_best_over_ours"][clock].items():
             middle = found["medians"][clock][name]
-            print(f"{label}: {name} {middle:.3f} s, {ratio:.2f} times as many steps a second as TRL's best dtype")
+            print(f"{label}: {name} {middle:.3f} s, {ratio:.2f} times TRL's steps a second (its best dtype)")
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

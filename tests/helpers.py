@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: a tiny π₀ and reward model, command lines run in this process, CSVs compared.
+"""What the tests of the scripts share: a tiny π₀ and reward model, command lines, CSVs to compare.
 
 A subprocess costs three seconds of imports, so most tests call main() with the words that a user would type.
 """
@@ -25,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 TIMING = {"seconds", "tokens_per_s", "peak_mem_mb"}  # columns that two equal runs needn't share
 TINY = (1, 2, 32)  # layers, heads, width
 # small enough for a step in hundredths of a second
-RL = ["--data", "play", "--prompts_per_step", "4", "--group_size", "4", "--prompt_len", "16", "--max_new", "12",
-      "--eval_prompts", "4", "--dtype", "fp32", "--device", "cpu"]
+RL = ["--data", "play", "--prompts_per_step", "4", "--group_size", "4", "--prompt_len", "16",
+      "--max_new", "12", "--eval_prompts", "4", "--dtype", "fp32", "--device", "cpu"]
 
 REWARD_FILE = '''
 import json
@@ -105,7 +105,7 @@ def environment(**more):
 
 def script(name, *words, **kw):
     """Runs a script as a user does, in the current folder; output as text."""
-    return subprocess.run([sys.executable, str(ROOT / name), *map(str, words)], env=environment(**kw.pop("env", {})),
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, words)], env=environment(),
                           capture_output=True, text=True, timeout=300, **kw)
 
 
@@ -133,17 +133,18 @@ def plain(text):
 
 @functools.cache
 def tiny():
-    """A folder with policy.pth, reward.pth and their CSVs, made in a few seconds on the offline play, once a process."""
+    """A folder with policy.pth, reward.pth and their CSVs, of the offline play; made once a process."""
     folder = Path(tempfile.mkdtemp(prefix="nanogrpo-tiny-"))
     nano, model.SIZES["nano"] = model.SIZES["nano"], TINY
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            cli(sft, "--data", "play", "--vocab_size", 300, "--block_size", 48, "--batch_size", 16, "--steps", 80,
-                "--eval_every", 40, "--warmup", 10, "--lr", 1e-2, "--dtype", "fp32", "--device", "cpu",
+            cli(sft, "--data", "play", "--vocab_size", 300, "--block_size", 48, "--batch_size", 16,
+                "--steps", 80, "--eval_every", 40, "--warmup", 10, "--lr", 1e-2, "--dtype", "fp32", "--device", "cpu",
                 "--log", folder / "sft.csv", "--out", folder)
             cli(reward_model, "--data", "play", "--policy", folder / "policy.pth", "--n_pairs", 128,
-                "--held_out_pairs", 64, "--prompt_len", 16, "--max_new", 12, "--batch_size", 32, "--epochs", 1,
-                "--eval_every", 2, "--dtype", "fp32", "--device", "cpu", "--log", folder / "reward.csv", "--out", folder)
+                "--held_out_pairs", 64, "--prompt_len", 16, "--max_new", 12, "--batch_size", 32,
+                "--epochs", 1, "--eval_every", 2, "--dtype", "fp32", "--device", "cpu",
+                "--log", folder / "reward.csv", "--out", folder)
     finally:
         model.SIZES["nano"] = nano
     (folder / "rewards.py").write_text(REWARD_FILE)
@@ -153,8 +154,10 @@ def tiny():
 def rl(*words, reward=None):
     """The words of a tiny RL run on the tiny π₀; reward: "model", or a function of REWARD_FILE."""
     where = tiny()
-    chosen = f"{where}/rewards.py:{reward}" if reward in re.findall(r"def (\w+)", REWARD_FILE) else reward or "model"
-    return ["--policy", where / "policy.pth", "--reward_model", where / "reward.pth", "--reward", chosen, *RL, *words]
+    chosen = f"{where}/rewards.py:{reward}" if reward in re.findall(
+        r"def (\w+)", REWARD_FILE) else reward or "model"
+    return ["--policy", where / "policy.pth", "--reward_model",
+        where / "reward.pth", "--reward", chosen, *RL, *words]
 
 
 def weights(path):

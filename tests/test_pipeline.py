@@ -1,9 +1,8 @@
 """The whole pipeline on the offline play, with a model that trains in seconds.
 
-Reproducibility (the same run twice, kill and resume), every objective, PPO's critic, the reward model's padding and
-normalisation, a smoke run in which the reward rises, and the README's quick commands.
+Reproducibility (the same run twice, kill and resume), every objective, PPO's critic, the reward model's
+padding and normalisation, a smoke run in which the reward rises, and the README's quick commands.
 """
-import csv
 import json
 import math
 import os
@@ -49,8 +48,8 @@ def column(path, name):
 
 
 # ---- the words of a short run of each script ----
-SFT = ["--data", "play", "--vocab_size", "260", "--block_size", "16", "--batch_size", "4", "--eval_every", "5",
-       "--warmup", "3", "--device", "cpu"]
+SFT = ["--data", "play", "--vocab_size", "260", "--block_size", "16", "--batch_size", "4",
+       "--eval_every", "5", "--warmup", "3", "--device", "cpu"]
 PAIRS = ["--data", "play", "--n_pairs", "64", "--held_out_pairs", "16", "--prompt_len", "8", "--max_new", "8",
          "--batch_size", "4", "--eval_every", "4", "--device", "cpu"]
 
@@ -61,13 +60,14 @@ def run_of(name):
         return sft, [*SFT, "--steps", "14"]
     if name == "reward_model":
         return reward_model, ["--policy", str(tiny() / "policy.pth"), *PAIRS, "--epochs", "1"]
-    words = rl("--steps", 6, "--save_every", 2, "--eval_every", 3, "--epochs_per_rollout", 2, "--minibatches", 2,
-               "--lr", 3e-3, reward="share_of_e")
+    words = rl("--steps", 6, "--save_every", 2, "--eval_every", 3, "--epochs_per_rollout", 2,
+               "--minibatches", 2, "--lr", 3e-3, reward="share_of_e")
     return (train_grpo if name == "train_grpo" else train_ppo), list(map(str, words))
 
 
 STAGES = ["sft", "reward_model", "train_grpo", "train_ppo"]
-FINAL = {"sft": "state.pth", "reward_model": "reward.pth", "train_grpo": "policy.pth", "train_ppo": "policy.pth"}
+FINAL = {"sft": "state.pth", "reward_model": "reward.pth",
+    "train_grpo": "policy.pth", "train_ppo": "policy.pth"}
 
 
 # ---- reproducible, bit for bit ----
@@ -108,7 +108,8 @@ module.main(parse(module.Args, getattr(module, "PRESETS", None)))
 
 def child(module, words, **env):
     return subprocess.Popen([sys.executable, "-c", CHILD, str(ROOT), module.__name__, *map(str, words)],
-                            env=helpers.environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                            env=helpers.environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
 
 
 def kill_at_row(process, path, row):
@@ -138,11 +139,12 @@ def test_killed_at_a_random_row_and_resumed(stage):
 
 @pytest.mark.parametrize("stage", ["train_grpo", pytest.param("train_ppo", marks=pytest.mark.slow)])
 def test_killed_within_a_random_step_and_resumed(stage):
-    """The reward function kills the process: rewards 1 and 5 are evaluations, the others those of the steps."""
+    """The reward function kills the process: calls 1 and 5 are evaluations, the others steps."""
     module, words = run_of(stage)
     call = random.SystemRandom().randrange(2, 9)
     print(f"killed at call {call}")
-    process = child(module, [*words, "--log", "log.csv", "--out", "out"], KILL_AT_CALL=str(call), KILL_WITH="SIGKILL")
+    process = child(module, [*words, "--log", "log.csv", "--out", "out"],
+                    KILL_AT_CALL=str(call), KILL_WITH="SIGKILL")
     output = process.communicate(timeout=120)[0]
     assert process.returncode == -signal.SIGKILL, output
     resumed_equals_whole(module, words, stage, [*words, "--log", "log.csv", "--out", "out", "--resume"])
@@ -152,6 +154,7 @@ def test_killed_within_a_random_step_and_resumed(stage):
 def test_ctrl_c_saves_and_names_the_command_that_goes_on(stage, monkeypatch, capsys):
     module, words = run_of(stage)
     full = [*words, "--log", "log.csv", "--out", "out"]
+    finite = checkpoint.finite
     if stage in ("sft", "reward_model"):
         steps = []
 
@@ -160,16 +163,14 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(stage, monkeypatch, cap
             if len(steps) == 8:
                 os.kill(os.getpid(), signal.SIGINT)
             return finite(step, *args, **kw)
-        finite = checkpoint.finite
         monkeypatch.setattr(checkpoint, "finite", press)
     else:
         monkeypatch.setenv("KILL_AT_CALL", "4")
         monkeypatch.setenv("KILL_WITH", "SIGINT")
     with pytest.raises(SystemExit) as left:
         cli(module, *full)
-    monkeypatch.undo()
-    monkeypatch.setitem(model.SIZES, "nano", helpers.TINY)
-    os.chdir(os.path.dirname(os.path.abspath("log.csv")))
+    monkeypatch.delenv("KILL_AT_CALL", raising=False)
+    monkeypatch.setattr(checkpoint, "finite", finite)
     assert left.value.code == 130
     goes_on = re.search(r"stopped and saved; go on with: (.+)", capsys.readouterr().out)[1]
     python, script, *rest = shlex.split(goes_on)
@@ -212,7 +213,8 @@ def failing(*args):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("cut", ["torch.save fails", "os.replace fails", "SIGKILL in torch.save", "SIGKILL in os.replace"])
+@pytest.mark.parametrize("cut", ["torch.save fails", "os.replace fails",
+                         "SIGKILL in torch.save", "SIGKILL in os.replace"])
 def test_cut_off_while_a_checkpoint_is_written(cut, monkeypatch, folder):
     policy, tokenizer = checkpoint.load_policy(tiny() / "policy.pth")
     checkpoint.save("p.pth", "policy", policy, tokenizer)
@@ -255,7 +257,8 @@ def test_not_finite_stops_before_the_weights_and_the_checkpoint(monkeypatch, cap
     with pytest.raises(SystemExit) as left:
         cli(train_grpo, *rl("--steps", 9, "--save_every", 2, reward="share_of_e"))
     err = capsys.readouterr().err
-    assert left.value.code == 2 and "step 3" in err and "loss nan" in err and "--lr" in err and "Traceback" not in err
+    assert left.value.code == 2 and "Traceback" not in err
+    assert "step 3" in err and "loss nan" in err and "--lr" in err
     assert checkpoint.load("out/grpo/state.pth", "state", "")["step"] == 2
     assert torch.isfinite(weights("out/grpo/policy.pth")).all()
 
@@ -276,8 +279,8 @@ def test_the_rl_columns():
         cli(module, *rl("--steps", 3, "--eval_every", 2, reward="share_of_e"))
         header, rows = read_csv(f"logs/{name}.csv")
         assert header[:6] == SHARED
-        assert {"samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac", "grad_norm",
-                "frac_zero_std", "eval_r", "tokens_per_s", "peak_mem_mb"} <= set(header)
+        assert {"samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac",
+                "grad_norm", "frac_zero_std", "eval_r", "tokens_per_s", "peak_mem_mb"} <= set(header)
         assert [row["eval_r"] != "" for row in rows] == [True, False, True]
         assert all(row[k] != "" for row in rows for k in header if not k.startswith("eval_"))
         assert column(f"logs/{name}.csv", "samples") == [16, 32, 48]
@@ -317,14 +320,15 @@ def test_several_epochs_clip():
 def test_equal_rewards_teach_nothing():
     """All answers earn 0.1 and there is no KL: the weights stay, bit for bit; the column says why."""
     for objective in ("grpo", "dr_grpo", "rloo", "dapo"):
-        cli(train_grpo, *rl("--steps", 1, "--beta", 0, "--objective", objective, "--group_size", 7, reward="constant"))
+        cli(train_grpo, *rl("--steps", 1, "--beta", 0, "--objective",
+            objective, "--group_size", 7, reward="constant"))
         assert torch.equal(weights("out/grpo/policy.pth"), weights(tiny() / "policy.pth"))
         assert column("logs/grpo.csv", "grad_norm") == [0] and column("logs/grpo.csv", "token_adv") == [0]
         assert column("logs/grpo.csv", "frac_zero_std") == [1]
 
 
 PROMPTS = [{"prompt": p, "worth": i, "note": [i, "x"]} for i, p in enumerate(
-    ["WENNA:\n", "The bell rang once, and then it rang again.\n\nFENWICK:\n", "a\n", "Come home, come home.\n\nMARGERY:\n",
+    ["WENNA:\n", "The bell rang.\n\nFENWICK:\n", "a\n", "Come home.\n\nMARGERY:\n",
      "no", "To sea!\n\nWENNA:\n"])]
 
 
@@ -332,8 +336,8 @@ PROMPTS = [{"prompt": p, "worth": i, "note": [i, "x"]} for i, p in enumerate(
 def test_prompts_of_a_user(name, folder):
     """Prompts of several lengths; their other keys reach the reward function, beside their own prompt."""
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-    cli(RL_SCRIPTS[name], *rl("--prompts", "p.jsonl", "--steps", 2, "--epochs_per_rollout", 2, "--minibatches", 1,
-                              "--lr", 1e-12, "--eval_every", 9, reward="of_prompt"))
+    cli(RL_SCRIPTS[name], *rl("--prompts", "p.jsonl", "--steps", 2, "--epochs_per_rollout", 2,
+                              "--minibatches", 1, "--lr", 1e-12, "--eval_every", 9, reward="of_prompt"))
     asked = [json.loads(line) for line in open("asked.jsonl")]
     known = {row["prompt"]: row for row in PROMPTS}
     sizes = []
@@ -342,7 +346,8 @@ def test_prompts_of_a_user(name, folder):
         assert columns.keys() == {"note"}
         for prompt, w, note in zip(prompts, worth, columns["note"]):
             assert known[prompt] == {"prompt": prompt, "worth": w, "note": note}
-    assert sizes == [1, 16, 16, 1]  # evaluation on the one held out, two steps of 4 × 4, evaluation at the end
+    # evaluation on the one held out, two steps of 4 × 4, evaluation at the end
+    assert sizes == [1, 16, 16, 1]
     held_out = asked[0][0][0]
     for prompts, _, _ in asked[1:3]:
         assert held_out not in prompts
@@ -365,7 +370,7 @@ def test_ppo_first_step():
 
 
 def test_the_critic_learns(folder):
-    """The reward hangs on the prompt alone: a critic that reads prompts explains it, a constant one explains nothing."""
+    """The reward hangs on the prompt alone: a critic that reads prompts explains it, a constant one can't."""
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
     cli(train_ppo, *rl("--prompts", "p.jsonl", "--steps", 15, "--beta", 0, "--lr", 1e-5, "--value_lr", 1e-2,
                        "--value_clip", 10, reward="of_prompt"))
@@ -375,7 +380,8 @@ def test_the_critic_learns(folder):
     critic = checkpoint.load("out/ppo/state.pth", "state", "")["critic"]
     begun = checkpoint.load(tiny() / "policy.pth", "policy", "")["model"]
     assert critic["head.weight"].abs().max() > 1e-3
-    assert all((critic[f"trunk.{k}"] - v).abs().max() > 1e-4 for k, v in begun.items() if k.endswith("c_fc.weight"))
+    assert all((critic[f"trunk.{k}"] - v).abs().max() > 1e-4 for k,
+               v in begun.items() if k.endswith("c_fc.weight"))
 
 
 # ---- the reward model ----
@@ -386,7 +392,7 @@ def scored(model, tokens, mask, pad=None):
 
 @pytest.mark.parametrize("pool", ["sum", "last"])
 def test_pools_and_padding(pool):
-    """Against the sum, or the last one, of per-token scalars that are read answer by answer, without any padding."""
+    """Against the sum, or the last one, of per-token scalars, read answer by answer without any padding."""
     torch.manual_seed(0)
     rm = reward_model.RewardModel(model.GPTConfig(50, 32, 2, 2, 16), pool).eval()
     torch.nn.init.normal_(rm.head.weight)
@@ -408,21 +414,29 @@ def test_pools_and_padding(pool):
         pad = torch.tensor([P - p for p in prompts])
         torch.testing.assert_close(scored(rm, tokens, mask, pad), torch.stack(expected), atol=1e-5, rtol=1e-5)
     keep = [i for i, p in enumerate(prompts) if p == P]  # without any pad the same rows score the same
-    torch.testing.assert_close(scored(rm, tokens[keep], mask[keep]), torch.stack(expected)[keep], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+    scored(
+        rm,
+        tokens[keep],
+        mask[keep]),
+        torch.stack(expected)[keep],
+        atol=1e-5,
+         rtol=1e-5)
 
 
 @pytest.mark.parametrize("pool", ["sum", "last"])
 def test_a_separable_set_is_ordered_at_100_percent(pool, folder, capsys):
-    """Who praises is chosen: two prompts, fifty pairs of several lengths, all of them in order, held-out ones too."""
+    """Who praises is chosen: fifty pairs of several lengths, all of them in order, held-out ones too."""
     draw = random.Random(0)
     rows = []
     for i in range(50):
-        rest = [" ".join(draw.choice(["the", "sea", "bell", "night"]) for _ in range(draw.randrange(1, 4))) for _ in "ab"]
+        rest = [" ".join(draw.choice(["the", "sea", "bell", "night"])
+                         for _ in range(draw.randrange(1, 4))) for _ in "ab"]
         rows.append({"prompt": "WENNA:\n" if i % 2 else "What say you to the sea?\n\nFENWICK:\n",
                      "chosen": f"good {rest[0]}", "rejected": f"bad {rest[1]}"})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = cli(reward_model, "--policy", tiny() / "policy.pth", "--pairs", "pairs.jsonl", "--pool", pool, "--epochs", 12,
-                 "--batch_size", 15, "--lr", 3e-3, "--device", "cpu", "--dtype", "fp32")
+    result = cli(reward_model, "--policy", tiny() / "policy.pth", "--pairs", "pairs.jsonl", "--pool", pool,
+                 "--epochs", 12, "--batch_size", 15, "--lr", 3e-3, "--device", "cpu", "--dtype", "fp32")
     assert result["held_out_accuracy"] == 1.0
     assert "held-out accuracy 1.000" in capsys.readouterr().out
     rm, content = reward_model.load_reward_model("out/reward/reward.pth")
@@ -484,13 +498,13 @@ def test_reward_rises_beyond_chance(name):
     """The share of the letter e in an answer, 40 steps of 8 × 8 answers.
 
     The mean reward of the last 10 steps is compared with 20 rollouts of π₀ of the same size. Were the policy
-    untrained, the difference divided by its standard error, s·√(1/10 + 1/20), would follow Student's t with 19
-    degrees of freedom, and pass 8 once in 10⁷ runs. That is the false-failure probability of the opposite claim
-    ("an untrained policy doesn't reach this"); with fixed seeds the run itself is the same every time.
+    untrained, the difference divided by its standard error, s·√(1/10 + 1/20), would follow Student's t with
+    19 degrees of freedom, and exceed 8 with probability 1e-7: so rarely is an untrained policy let through.
+    A trained one fails with no probability: with fixed seeds the run is the same every time, t = 40 or more.
     """
     size = ["--prompts_per_step", 8, "--group_size", 8]
-    cli(train_grpo, *rl(*size, "--steps", 20, "--lr", 0, "--log", "chance.csv", "--out", "chance", "--eval_every", 99,
-                        "--seed", 5, reward="share_of_e"))
+    cli(train_grpo, *rl(*size, "--steps", 20, "--lr", 0, "--log", "chance.csv", "--out", "chance",
+                        "--eval_every", 99, "--seed", 5, reward="share_of_e"))
     assert torch.equal(weights("chance/policy.pth"), weights(tiny() / "policy.pth"))
     chance = column("chance.csv", "mean_r")
     cli(RL_SCRIPTS[name], *rl(*size, "--steps", 40, "--lr", 3e-3, reward="share_of_e"))
@@ -508,7 +522,8 @@ def test_reward_rises_beyond_chance(name):
 # ---- the README ----
 def quick_blocks():
     path = ROOT / "README.md"
-    return re.findall(r"^```bash quick\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S) if path.exists() else []
+    return re.findall(r"^```bash quick\n(.*?)^```", path.read_text(encoding="utf-8"),
+                      re.M | re.S) if path.exists() else []
 
 
 @pytest.mark.slow
@@ -519,7 +534,8 @@ def test_quick_blocks_of_the_readme(folder):
     blocks = quick_blocks()
     assert blocks, "README.md has no block that opens with ```bash quick"
     for path in ROOT.iterdir():
-        if path.suffix in (".py", ".txt", ".toml") or path.name in ("utils", "data", "vision", "results", "Makefile"):
+        if path.suffix in (".py", ".txt", ".toml") or path.name in (
+            "utils", "data", "vision", "results", "Makefile"):
             (folder / path.name).symlink_to(path)
     (folder / "bin").mkdir()
     for name in ("python", "python3"):
@@ -527,6 +543,6 @@ def test_quick_blocks_of_the_readme(folder):
         (folder / "bin" / name).chmod(0o755)
     env = helpers.environment(PATH=f"{folder}/bin:{os.environ['PATH']}")
     for block in blocks:
-        run = subprocess.run(["bash", "-euo", "pipefail", "-c", block], env=env, capture_output=True, text=True,
-                             timeout=600)
+        run = subprocess.run(["bash", "-euo", "pipefail", "-c", block], env=env, capture_output=True,
+                             text=True, timeout=600)
         assert run.returncode == 0, f"{block}\n{run.stdout[-1500:]}\n{run.stderr[-1500:]}"
