@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The runs behind the README, from the repository's root: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed]
+# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python="${PYTHON:-.venv/bin/python}"
-steps="${STEPS:-100}"
+steps="${STEPS:-70}"
 what="${1:-all}"
 
 want() { [ "$what" = all ] || [ "$what" = "$1" ]; }
@@ -14,15 +14,18 @@ if want base; then  # π₀ and the reward model that all RL runs share
   $python reward_model.py --data shakespeare --log results/reward-s0.csv
 fi
 if want shakespeare; then
-  for seed in 0 1 2; do
-    $python train_grpo.py --data shakespeare --steps "$steps" --seed $seed --log results/shakespeare/grpo-s$seed.csv --out out/r-grpo-s$seed &
-    $python train_ppo.py --data shakespeare --steps "$steps" --seed $seed --log results/shakespeare/ppo-s$seed.csv --out out/r-ppo-s$seed &
-    wait
+  for name in grpo ppo; do
+    for seed in 0 1 2; do
+      $python train_$name.py --data shakespeare --steps "$steps" --seed $seed \
+        --log results/shakespeare/$name-s$seed.csv --out out/r-$name-s$seed
+    done &
   done
+  wait
 fi
 if want objectives; then
   for name in reinforce rloo grpo dr_grpo dapo gspo cispo sapo; do
-    $python train_grpo.py --data shakespeare --objective $name --steps 40 --log results/objectives/$name.csv --out out/r-$name
+    $python train_grpo.py --data shakespeare --objective $name --beta 0.05 --steps 30 \
+      --log results/objectives/$name.csv --out out/r-$name
   done
 fi
 if want reward; then
@@ -30,7 +33,8 @@ if want reward; then
     $python reward_model.py --data shakespeare --seed $seed --log results/reward-s$seed.csv --out out/r-reward-s$seed
   done
   for seed in 0 1 2; do
-    $python reward_model.py --data shakespeare --n_pairs 12288 --seed $seed --log results/reward12k-s$seed.csv --out out/r-reward12k-s$seed
+    $python reward_model.py --data shakespeare --n_pairs 12288 --seed $seed \
+      --log results/reward12k-s$seed.csv --out out/r-reward12k-s$seed
   done
 fi
 if want char; then

@@ -1,7 +1,7 @@
 """Tuning, fairly: as many trials for GRPO as for PPO, on one seed that no result reports (seed 100).
 
-Every trial trains from the same π₀ with the same reward model; a row of results/sweep.csv is the mean of its last
-5 steps. The scripts' defaults are each algorithm's trial of the highest score with KL below 0.3 nats a token.
+Every trial trains from the same π₀ with the same reward model; a row of results/sweep.csv is the mean of its
+last 5 steps. The defaults of the scripts are each algorithm's trial of the highest score with KL below 0.3.
 Run: python benchmarks/sweep.py
 """
 import csv
@@ -20,8 +20,9 @@ TRIALS = {
     "grpo": [{"lr": lr, "epochs_per_rollout": e, "minibatches": m}
              for lr, e, m in ((1e-4, 1, 1), (3e-4, 1, 1), (1e-4, 1, 4), (1.5e-4, 1, 1), (5e-5, 1, 4))],
     "ppo": [{"lr": lr, "value_lr": v, "epochs_per_rollout": e, "minibatches": m}
-            for lr, v, e, m in ((1e-4, 1e-3, 1, 4), (3e-4, 1e-3, 1, 2), (3e-5, 1e-3, 1, 4), (1e-4, 1e-3, 1, 1),
-                                (5e-5, 1e-3, 1, 4))],
+            for lr, v, e, m in ((1e-4, 1e-3, 1, 4), (3e-4, 1e-3, 1, 2),
+                                (3e-5, 1e-3, 1, 4),
+                                (1e-4, 1e-3, 1, 1), (5e-5, 1e-3, 1, 4))],
 }
 
 
@@ -53,8 +54,8 @@ def main(args):
             flags = [word for key, value in trial.items() for word in (f"--{key}", str(value))]
             trained = read(log)
             if not trained or int(trained[-1]["step"]) != args.steps - 1:  # a sweep that broke off goes on
-                subprocess.run([sys.executable, str(ROOT / f"train_{name}.py"), *flags, "--policy", args.policy,
-                                "--reward_model", args.reward_model, "--steps", str(args.steps),
+                subprocess.run([sys.executable, str(ROOT / f"train_{name}.py"), *flags,
+                                "--policy", args.policy, "--reward_model", args.reward_model, "--steps", str(args.steps),
                                 "--seed", str(args.seed), "--eval_every", "1000", "--save_every", "1000",
                                 "--log", str(log), "--out", str(log.with_suffix(""))], check=True)
             last = read(log)[-5:]
