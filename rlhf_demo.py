@@ -33,12 +33,17 @@ ROOT = Path(__file__).parent
 @dataclass
 class Args:
     data: str = "auto"  # auto (Tiny Shakespeare, or the offline play), shakespeare, play, or a text file
-    steps: int = 60  # of GRPO and of PPO: the same number of samples
+    steps: int = 30  # of GRPO and of PPO: the same number of samples
     sft_steps: int = 0  # 0: 900, or 300 on a text under 300,000 characters, which would be learnt by heart
     eval_prompts: int = 256  # held-out prompts behind the table
     seed: int = 0
     device: str = "auto"
     fresh: bool = False  # begin anew, whatever is cached in out/ and logs/
+
+
+def newer(path, inputs):
+    """Whether the file is there and was written after all its inputs."""
+    return Path(path).is_file() and all(Path(path).stat().st_mtime >= Path(i).stat().st_mtime for i in inputs)
 
 
 def finished(log, total):
@@ -55,12 +60,11 @@ def run(script, output, inputs, last_step, args, *flags):
     shown = " ".join(command)
     record, state = Path(f"logs/{name}.json"), Path(f"out/{name}/state.pth")
     same = not args.fresh and record.is_file() and Path(f"logs/{name}.csv").is_file() and \
-        json.loads(record.read_text())["command"].removesuffix(" --resume") == shown and \
-        all(state.is_file() and state.stat().st_mtime >= Path(i).stat().st_mtime for i in inputs)
-    if same and Path(output).is_file() and finished(f"logs/{name}.csv", last_step):
+        json.loads(record.read_text())["command"].removesuffix(" --resume") == shown
+    if same and newer(output, inputs) and finished(f"logs/{name}.csv", last_step):
         print(f"\n$ {shown}\ncached: {output}")
         return
-    if same and state.is_file():
+    if same and newer(state, inputs):
         command.append("--resume")
     print(f"\n$ {' '.join(command)}", flush=True)
     stage = subprocess.run([sys.executable, *command[1:]])
@@ -100,7 +104,7 @@ def main(args):
 
     # ---- the pipeline: four commands ----
     run("sft.py", policy, [], sft_steps, args, "--data", data, "--steps", sft_steps)
-    run("reward_model.py", reward, [policy], 1, args, "--data", data)
+    run("reward_model.py", reward, [policy], 256, args, "--data", data)  # 2 epochs of 4,096 pairs, 32 a step
     for name in ("grpo", "ppo"):
         run(f"train_{name}.py", f"out/{name}/policy.pth", [policy, reward], args.steps - 1, args,
             "--data", data, "--steps", args.steps)
@@ -129,7 +133,7 @@ def main(args):
     side = Table(title="the first four of these prompts", show_lines=True)
     for column in ("prompt", *answers):
         side.add_column(column, ratio=1)
-    for i in range(4):
+    for i in range(min(4, len(prompts.texts))):
         side.add_row(prompts.texts[i].splitlines()[-1], *(answers[label][i] for label in answers))
     console.print(side, markup=False)
     console.print(table)

@@ -9,7 +9,6 @@ Run: python sft.py
 import math
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import utils  # before torch: it sets how OpenMP's threads wait
@@ -114,8 +113,8 @@ def main(args):
     train, held_out = (torch.tensor(tokenizer.encode(part)) for part in parts)
     chars_per_token = [len(part) / len(ids) for part, ids in zip(parts, (train, held_out))]
     if len(held_out) < args.block_size + 2:
-        die(f"the held-out tenth of {source} has {len(held_out)} tokens: wanted more than --block_size "
-            f"{args.block_size}")
+        die(f"the held-out tenth of {source} has {len(held_out)} tokens: wanted at least --block_size + 2 = "
+            f"{args.block_size + 2}")
     if args.init and args.tokenizer != "gpt2":
         die(f"--init {args.init} has GPT-2's vocabulary: wanted --tokenizer gpt2, got {args.tokenizer}")
     layers, heads, width = SIZES[args.size]
@@ -136,7 +135,7 @@ def main(args):
     interrupt = Interrupt()
     print(f"{source}: {len(train):,} + {len(held_out):,} tokens of {tokenizer.name}, "
           f"{chars_per_token[0]:.2f} characters each; "
-          f"{args.size}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")
+          f"{args.init or args.size}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")
 
     def save(step):
         checkpoint.save(f"{args.out}/state.pth", "state", model, tokenizer, optimizer=optimizer.state_dict(),

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import string
 import sys
 import tempfile
@@ -237,6 +238,7 @@ def main(args):
     if not args.out.endswith(".csv"):
         die(f"--out {args.out}: wanted a name that ends in .csv; the record goes beside it as .json")
     need("trl", "dev")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the temporary folder goes
     _, auto = pick_autocast(torch.device("cpu"))
     plan = [("ours", auto), ("trl", "bf16"), ("ours", "fp32"), ("trl", "fp32")]
     if auto == "fp32":

@@ -139,7 +139,8 @@ def tiny():
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             cli(sft, "--data", "play", "--vocab_size", 300, "--block_size", 48, "--batch_size", 16,
-                "--steps", 80, "--eval_every", 40, "--warmup", 10, "--lr", 1e-2, "--dtype", "fp32", "--device", "cpu",
+                "--steps", 80, "--eval_every", 40, "--warmup", 10, "--lr", 1e-2,
+                "--dtype", "fp32", "--device", "cpu",
                 "--log", folder / "sft.csv", "--out", folder)
             cli(reward_model, "--data", "play", "--policy", folder / "policy.pth", "--n_pairs", 128,
                 "--held_out_pairs", 64, "--prompt_len", 16, "--max_new", 12, "--batch_size", 32,

@@ -115,7 +115,7 @@ def child(module, words, **env):
 def kill_at_row(process, path, row):
     """SIGKILL as soon as the CSV has so many rows, wherever the process is then."""
     began = time.time()
-    while process.poll() is None and time.time() - began < 120:
+    while process.poll() is None and time.time() - began < 280:
         if os.path.exists(path) and open(path).read().count("\n") > row:
             process.kill()
             break
@@ -145,7 +145,7 @@ def test_killed_within_a_random_step_and_resumed(stage):
     print(f"killed at call {call}")
     process = child(module, [*words, "--log", "log.csv", "--out", "out"],
                     KILL_AT_CALL=str(call), KILL_WITH="SIGKILL")
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=280)[0]
     assert process.returncode == -signal.SIGKILL, output
     resumed_equals_whole(module, words, stage, [*words, "--log", "log.csv", "--out", "out", "--resume"])
 

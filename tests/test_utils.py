@@ -16,8 +16,7 @@ from utils.rewards import distinct, meter, sentiment, syllables
 # ---- judges, on lines counted by hand ----
 @pytest.mark.parametrize("word, count", [("a", 1), ("the", 1), ("love", 1), ("summer", 2), ("compare", 2),
                                          ("little", 2), ("banished", 2), ("wanted", 2), ("beauty", 2),
-                                         ("day's", 1),
-                                         ("free", 1), ("turn'd", 1), ("made", 1), ("hmm", 1)])
+                                         ("day's", 1), ("free", 1), ("turn'd", 1), ("made", 1), ("hmm", 1)])
 def test_syllables(word, count):
     assert syllables(word) == count
 
