@@ -135,7 +135,8 @@ def main(args):
     interrupt = Interrupt()
     print(f"{source}: {len(train):,} + {len(held_out):,} tokens of {tokenizer.name}, "
           f"{chars_per_token[0]:.2f} characters each; "
-          f"{args.init or args.size}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}")
+          f"{args.init or args.size}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{device}, {dtype}")
 
     def save(step):
         checkpoint.save(f"{args.out}/state.pth", "state", model, tokenizer, optimizer=optimizer.state_dict(),

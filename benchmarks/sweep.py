@@ -1,7 +1,7 @@
 """Tuning, fairly: as many trials for GRPO as for PPO, on one seed that no result reports (seed 100).
 
-Every trial trains from the same π₀ with the same reward model. Its row of results/sweep.csv is the highest score,
-averaged over 5 steps, at which KL is still below 0.3 nats a token, and the step at which that was.
+Every trial trains from the same π₀ with the same reward model. Its row of results/sweep.csv is the highest
+score, averaged over 5 steps, at which KL is still below 0.3 nats a token, and the step at which that was.
 Run: python benchmarks/sweep.py
 """
 import subprocess
@@ -44,8 +44,8 @@ def main(args):
             log = Path(args.work) / f"{name}-{i}.csv"
             flags = [word for key, value in trial.items() for word in (f"--{key}", str(value))]
             if not log.is_file() or len(pd.read_csv(log)) < args.steps:  # a sweep that broke off goes on
-                subprocess.run([sys.executable, str(ROOT / f"train_{name}.py"), *flags, "--policy", args.policy,
-                                "--reward_model", args.reward_model,
+                subprocess.run([sys.executable, str(ROOT / f"train_{name}.py"), *flags,
+                                "--policy", args.policy, "--reward_model", args.reward_model,
                                 "--steps", str(args.steps), "--seed", str(args.seed),
                                 "--eval_every", "1000", "--save_every", "1000",
                                 "--log", str(log), "--out", str(log.with_suffix(""))], check=True)
