@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -202,10 +201,26 @@ def differences(times):
     return [b - a for a, b in zip(times, times[1:])]
 
 
-def alone(function, *args, **kwargs):
-    """Runs one turn in a fresh process, so that no engine inherits the other's threads, memory or patches."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args, **kwargs).result()
+def alone(function, *args):
+    """One turn in a fresh process, so that no engine inherits the other's threads, memory or patches."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=deliver, args=(send, function, *args), daemon=True)
+    process.start()
+    send.close()  # the child's is then the only one: its death ends the wait below
+    try:
+        return receive.recv()
+    except EOFError:
+        process.join()
+        print(f"a turn ended with exit code {process.exitcode} before it had a result", file=sys.stderr)
+        raise SystemExit(process.exitcode if process.exitcode > 0 else 1) from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def deliver(send, function, *args):
+    send.send(function(*args))
 
 
 def row_of(run, engine, dtype, result, warmup):
@@ -257,7 +272,7 @@ def main(args):
                 print(f"run {run}  {engine:4} {dtype}: {rows[-1]['seconds_per_step']:.3f} s a step, "
                       f"{rows[-1]['wall_per_step']:.3f} from step to step", flush=True)
         for dtype in dict.fromkeys((auto, "fp32")):  # apart from the turns above: those carry no timers
-            result = alone(run_ours, folder, dtype, args, phases=True)
+            result = alone(run_ours, folder, dtype, args, True)
             rows.append(row_of("phases", "ours", dtype, result, args.warmup))
             shares = ", ".join(f"{name} {100 * result[name]:.0f} %" for name in (*PHASES, "other"))
             print(f"our step in {dtype}: {shares}", flush=True)

@@ -58,6 +58,15 @@ def test_phase_timers_name_each_span_and_leave_nothing_behind():
     assert len(spans) == 3 and (vs_trl.GPT.generate, vs_trl.GPT.score) == before
 
 
+def test_a_turn_is_a_process_whose_failure_is_ours(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # the child finds the module there
+    assert vs_trl.alone(os.getppid) == os.getpid()
+    for function, code in ((sys.exit, 7), (os.abort, 1)):  # its own exit code; killed by a signal
+        with pytest.raises(SystemExit) as stopped:
+            vs_trl.alone(function, *([7] if code == 7 else []))
+        assert stopped.value.code == code
+
+
 @pytest.mark.parametrize("words, code, said", [
     (["--help"], 0, "--rounds"), (["--steps", "1"], 2, "--steps 1"), (["--out", "x.json"], 2, "--out x.json"),
     ([], 2, "'.[dev]'")])

@@ -327,7 +327,8 @@ def test_equal_rewards_teach_nothing():
         assert column("logs/grpo.csv", "frac_zero_std") == [1]
 
 
-PROMPTS = [{"prompt": p, "worth": i, "note": [i, "x"]} for i, p in enumerate(
+# `spec` is also the name of an argument within utils/rewards.py: it must reach the user all the same
+PROMPTS = [{"prompt": p, "worth": i, "spec": [i, "x"]} for i, p in enumerate(
     ["WENNA:\n", "The bell rang.\n\nFENWICK:\n", "a\n", "Come home.\n\nMARGERY:\n",
      "no", "To sea!\n\nWENNA:\n"])]
 
@@ -343,9 +344,9 @@ def test_prompts_of_a_user(name, folder):
     sizes = []
     for prompts, worth, columns in asked:
         sizes.append(len(prompts))
-        assert columns.keys() == {"note"}
-        for prompt, w, note in zip(prompts, worth, columns["note"]):
-            assert known[prompt] == {"prompt": prompt, "worth": w, "note": note}
+        assert columns.keys() == {"spec"}
+        for prompt, w, note in zip(prompts, worth, columns["spec"]):
+            assert known[prompt] == {"prompt": prompt, "worth": w, "spec": note}
     # evaluation on the one held out, two steps of 4 × 4, evaluation at the end
     assert sizes == [1, 16, 16, 1]
     held_out = asked[0][0][0]
