@@ -58,7 +58,7 @@ def refused(capsys):
         assert 0 < len(message) < 700, message
         for part in wanted:
             assert part in message, f"{part!r} is not in: {message}"
-        return message
+        return err.strip()
     return check
 
 
@@ -87,7 +87,8 @@ def test_unknown_flag(module, refused, folder):
     (sft, ["--data", "nowhere.txt"], ["nowhere.txt", "auto", "shakespeare", "play"]),
     (sft, ["--data", "play", "--vocab_size", "100"], ["vocab_size", "100", "258"]),
     (sft, ["--data", "play", "--steps", "0"], ["steps", "0", "at least 1"]),
-    (sft, ["--data", "play", "--vocab_size", "258", "--block_size", "70000"], ["--block_size", "7000", "held-out", "bell_of_merrow.txt"]),
+    (sft, ["--data", "play", "--vocab_size", "258", "--block_size", "70000"],
+     ["--block_size", "7000", "held-out", "bell_of_merrow.txt"]),
     (sft, ["--data", "play", "--vocab_size", "258", "--init", "gpt2"], ["--init", "--tokenizer gpt2"]),
     (sft, ["--data", "play", "--device", "tpu"], ["tpu", "cpu", "cuda", "mps"]),
     (sample, ["--policy", "POLICY", "--start", ""], ["--start", "empty"]),
