@@ -48,8 +48,21 @@ class Attention(nn.Module):
             cache[0][:, :, t0:t0 + T], cache[1][:, :, t0:t0 + T] = k, v
             k, v = cache[0][:, :, :t0 + T], cache[1][:, :, :t0 + T]
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=attn_mask is None and T > 1)
+        if cache is None and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            y = plain_attention(q, k, v, attn_mask, dropout)
+        else:
+            causal = attn_mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=causal)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(N, T, C)), dropout)
+
+
+def plain_attention(q, k, v, attn_mask, dropout):
+    """softmax(q·kᵀ/√d)·v, written out: on a CPU in bfloat16, PyTorch's fused one has a slow backward pass."""
+    if attn_mask is None:
+        attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    weights = (q @ k.transpose(2, 3)) * q.shape[3] ** -0.5  # (N, heads, T, T)
+    weights = weights.masked_fill(~attn_mask, -torch.inf).softmax(-1).to(v.dtype)
+    return F.dropout(weights, dropout) @ v
 
 
 class MLP(nn.Module):

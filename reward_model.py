@@ -186,8 +186,8 @@ def evaluate(model, pairs, device, autocast):
 
 def main(args):
     # ---- set-up ----
-    at_least(args, layers=1, n_pairs=args.batch_size, batch_size=1, held_out_pairs=2, epochs=1, max_new=1,
-             prompt_len=1, label_temperature=0.0, eval_every=1)
+    at_least(args, lr=0.0, temperature=1e-3, layers=1, n_pairs=args.batch_size, batch_size=1, epochs=1,
+             held_out_pairs=2, max_new=1, prompt_len=1, label_temperature=0.0, eval_every=1)
     device = pick_device(args.device)
     autocast, dtype = pick_autocast(device, args.dtype)
     torch.manual_seed(args.seed)

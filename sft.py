@@ -102,7 +102,7 @@ def optimizer_groups(model, weight_decay):
 
 def main(args):
     # ---- set-up ----
-    at_least(args, steps=1, batch_size=1, block_size=8, eval_every=1, warmup=0)
+    at_least(args, lr=0.0, dropout=0.0, steps=1, batch_size=1, block_size=8, eval_every=1, warmup=0)
     device = pick_device(args.device)
     autocast, dtype = pick_autocast(device, args.dtype)
     torch.manual_seed(args.seed)

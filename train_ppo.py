@@ -68,8 +68,8 @@ class Args:
 def main(args):
     # ---- set-up ----
     at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3,
-             epochs_per_rollout=1, minibatches=1, beta=0.0, steps=1, eval_every=1, eval_prompts=1,
-             save_every=1)
+             epochs_per_rollout=1, minibatches=1, beta=0.0, lr=0.0, value_lr=0.0, steps=1,
+             eval_every=1, eval_prompts=1, save_every=1)
     B, G = args.prompts_per_step, args.group_size
     updates = args.epochs_per_rollout * args.minibatches
     if B * G % args.minibatches:

@@ -4,8 +4,8 @@ Every file holds format, kind (policy, reward, state), config, tokenizer (ranks 
 adds pool, mean and std, a state what a resume needs. weights_only=True runs no code that a file may hold; a
 file of another format or kind is refused.
 """
+import io
 import math
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +22,9 @@ def save(path, kind, model, tokenizer, **more):
     """model: a module with .config; tokenizer: a Tokenizer of utils; more: further entries of the dict."""
     content = {"format": FORMAT, "kind": kind, "config": asdict(model.config),
                "tokenizer": tokenizer.state(), "model": model.state_dict(), **more}
-    atomic_write(path, lambda file: torch.save(content, file))
+    buffer = io.BytesIO()  # torch.save hides a full disk's OSError behind a RuntimeError of its own
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getbuffer())
 
 
 def load(path, kind, made_by):
@@ -31,13 +33,16 @@ def load(path, kind, made_by):
         die(f"no {kind} at {path}: run `{made_by}` first, or name another file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except Exception as error:  # on damaged bytes the unpickler raises nearly anything, IndexError included
         die(f"{path} can't be read as a checkpoint ({type(error).__name__}): empty, truncated or foreign. "
             f"Make it again with `{made_by}`.")
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT or content.get("kind") != kind:
         seen = content.get("kind", "no kind") if found == FORMAT else f"format {found!r}"
         die(f"{path} is not a {kind} of this repository ({seen}): wanted what `{made_by}` writes")
+    missing = {"config", "tokenizer", "model"} - content.keys()
+    if missing:
+        die(f"{path} lacks {', '.join(sorted(missing))}: make it again with `{made_by}`")
     return content
 
 

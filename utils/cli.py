@@ -62,6 +62,8 @@ def atomic_write(path, content):
     For that it writes to a temporary file in the same folder and renames it.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would replace /dev/null itself
+        die(f"can't write {path}: it is no regular file. Name another place.")
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def load_reward(spec):
     return functools.partial(checked, getattr(module, name), spec)
 
 
-def checked(function, spec, completions, prompts, **columns):
+def checked(function, spec, /, completions, prompts, **columns):
     try:
         scores = function(completions=completions, prompts=prompts, **columns)
     except Exception as error:

@@ -34,6 +34,8 @@ def load_prompts(source, data, tokenizer, prompt_len):
     rows = read_jsonl(source, ("prompt",), "--prompts")
     tokens, pad = left_pad([tokenizer.encode(row["prompt"]) or [0] for row in rows])
     keys = [k for k in rows[0] if k != "prompt"]
+    for key in {"prompts", "completions"} & set(keys):
+        die(f"--prompts {source}: the key {key!r} is an argument of every reward function: rename it")
     for number, row in enumerate(rows, 1):
         if set(row) - {"prompt"} != set(keys):
             die(f"--prompts {source}, row {number}: keys {sorted(row)} differ from the first row's")
