@@ -65,7 +65,8 @@ def find_shakespeare(required):
             content = response.read()
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         if required:
-            die(f"can't download Tiny Shakespeare ({error}): put it at {DATA}/tinyshakespeare/input.txt, "
+            reason = " ".join(str(error).split())
+            die(f"can't download Tiny Shakespeare ({reason}): put it at {DATA}/tinyshakespeare/input.txt, "
                 "name the folder that holds tinyshakespeare/ in NANOGRPO_DATA, or use --data play")
         return None
     check_sha256(content, SHAKESPEARE_URL)
