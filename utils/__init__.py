@@ -1,8 +1,8 @@
 """Import this before torch: OpenMP reads its settings when torch loads it.
 
 A thread that waits spins for some microseconds and then sleeps, instead of spinning for milliseconds. On a
-machine whose two cores had other work too, the default made sft.py 19 times slower than sleeping at once (597
-against 11,173 tokens a second); alone on it, sleeping at once made sampling 1.8 times slower, this one 1.2 times.
+machine whose two cores had other work too, the default made sft.py 19 times slower than sleeping at once
+(597 against 11,173 tokens a second); alone on it, sleeping at once made sampling 1.8 times slower, this 1.2.
 """
 import os
 
