@@ -435,3 +435,19 @@ def test_advantages_of_any_group(B, G, seed, shift):
     torch.testing.assert_close(std, torch.ones_like(std))
     others = (reward.sum(1, keepdim=True) - reward) / (G - 1)
     torch.testing.assert_close(group_advantage(reward, "loo", "none"), reward - others)
+
+
+@pytest.mark.parametrize("one, other", [("grpo", "gspo"), ("grpo", "sapo"), ("dapo", "cispo")])
+def test_at_ratio_one_these_have_the_same_gradient(one, other):
+    """The README's remark: before the policy moves, the form of the ratio doesn't matter."""
+    torch.manual_seed(0)
+    logp = torch.randn(2, 4, 5, dtype=torch.float64)
+    adv = group_advantage(torch.randn(2, 4, dtype=torch.float64))
+    mask = torch.arange(5) < torch.tensor([[5, 3, 1, 4], [2, 5, 5, 1]])[:, :, None]
+    grads = []
+    for name in (one, other):
+        x = logp.clone().requires_grad_()
+        grpo_loss(x, logp, logp - 0.1, adv, mask, replace(OBJECTIVES[name], beta=0.05))[0].backward()
+        grads.append(x.grad)
+    assert grads[0].abs().max() > 0.01
+    torch.testing.assert_close(*grads)
