@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent
 class Args:
     data: str = "auto"  # auto (Tiny Shakespeare, or the offline play), shakespeare, play, or a text file
     steps: int = 25  # of GRPO and of PPO: the same number of samples
-    sft_steps: int = 0  # 0: 750, or 300 on a text under 300,000 characters, which would be learnt by heart
+    sft_steps: int = 0  # 0: 850, or 300 on a text under 300,000 characters, which would be learnt by heart
     eval_prompts: int = 256  # held-out prompts behind the table
     seed: int = 0
     device: str = "auto"
@@ -99,7 +99,7 @@ def main(args):
     began = time.perf_counter()
     text, source = load_corpus(args.data)
     data = {"tinyshakespeare": "shakespeare", "bell_of_merrow.txt": "play"}.get(source, args.data)
-    sft_steps = args.sft_steps or (750 if len(text) > 300_000 else 300)
+    sft_steps = args.sft_steps or (850 if len(text) > 300_000 else 300)
     policy, reward = "out/sft/policy.pth", "out/reward/reward.pth"
 
     # ---- the pipeline: four commands ----

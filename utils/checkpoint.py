@@ -1,8 +1,8 @@
 """Checkpoints: one dict of tensors and plain values a file, written atomically, read with weights_only=True.
 
-Every file holds format, kind (policy, reward, state), config, tokenizer (ranks included) and model; a reward
-adds pool, mean and std, a state what a resume needs. weights_only=True runs no code that a file may hold; a
-file of another format or kind is refused.
+Every file holds format, kind (policy, reward, state; in vision/ others), config and model, those of text
+models a tokenizer too (ranks included); a reward adds pool, mean and std, a state what a resume needs.
+weights_only=True runs no code that a file may hold; a file of another format or kind is refused.
 """
 import io
 import math
@@ -20,14 +20,16 @@ FORMAT = "nanogrpo-1"
 
 def save(path, kind, model, tokenizer, **more):
     """model: a module with .config; tokenizer: a Tokenizer of utils; more: further entries of the dict."""
-    content = {"format": FORMAT, "kind": kind, "config": asdict(model.config),
-               "tokenizer": tokenizer.state(), "model": model.state_dict(), **more}
+    write(path, kind, config=asdict(model.config), tokenizer=tokenizer.state(), model=model.state_dict(), **more)
+
+
+def write(path, kind, **content):
     buffer = io.BytesIO()  # torch.save hides a full disk's OSError behind a RuntimeError of its own
-    torch.save(content, buffer)
+    torch.save({"format": FORMAT, "kind": kind, **content}, buffer)
     atomic_write(path, buffer.getbuffer())
 
 
-def load(path, kind, made_by):
+def load(path, kind, made_by, wanted=("config", "tokenizer", "model")):
     """The dict in the file, or a clear message; made_by: the command that writes such a file."""
     if not Path(path).is_file():
         die(f"no {kind} at {path}: run `{made_by}` first, or name another file")
@@ -40,7 +42,7 @@ def load(path, kind, made_by):
     if found != FORMAT or content.get("kind") != kind:
         seen = content.get("kind", "no kind") if found == FORMAT else f"format {found!r}"
         die(f"{path} is not a {kind} of this repository ({seen}): wanted what `{made_by}` writes")
-    missing = {"config", "tokenizer", "model"} - content.keys()
+    missing = set(wanted) - content.keys()
     if missing:
         die(f"{path} lacks {', '.join(sorted(missing))}: make it again with `{made_by}`")
     return content
@@ -65,12 +67,12 @@ def same_tokenizer(path, content, tokenizer, policy_path):
 MAY_CHANGE = {"resume", "steps", "save_every", "eval_every", "track", "log", "out", "device"}
 
 
-def load_state(path, args, made_by):
+def load_state(path, args, made_by, wanted=("config", "tokenizer", "model")):
     """The state to go on from; refuses other arguments than the run began with.
 
     Sets the run's number of threads: sums in another order would give other last digits.
     """
-    state = load(path, "state", made_by)
+    state = load(path, "state", made_by, wanted)
     for name, value in asdict(args).items():
         began = state["args"].get(name)
         if name not in MAY_CHANGE and began != value:

@@ -52,16 +52,16 @@ def meter(completions, prompts, **columns):
 JUDGES = {"sentiment": sentiment, "meter": meter}
 
 
-def load_reward(spec):
-    """The function that "sentiment", "meter" or "path/to/file.py:function" names.
+def load_reward(spec, known=("model", *JUDGES)):
+    """The function that "sentiment", "meter" or "path/to/file.py:function" names; known: for the message.
 
     What a function of a user's returns is checked at every call.
     """
-    if spec in JUDGES:
+    if spec in JUDGES and spec in known:
         return JUDGES[spec]
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
-        die(f"--reward {spec!r} is unknown: wanted model, {', '.join(JUDGES)} or FILE.py:FUNCTION")
+        die(f"--reward {spec!r} is unknown: wanted {', '.join(known)} or FILE.py:FUNCTION")
     if not Path(path).is_file():
         die(f"--reward {spec}: no file {path}")
     module_spec = importlib.util.spec_from_file_location("user_reward", path)

@@ -1,0 +1,96 @@
+"""What an answer about an image is worth: pure functions on tensors, (B, G, ...) -> (B, G).
+
+A reward that is the same for every answer of a group has advantage 0 and teaches nothing. The usual "is the
+label among the policy's k best" and "by how much does the label's logit lead" are such: they depend on the
+image alone. So here every reward depends on the action that was *sampled*, and on the label.
+"""
+import torch
+
+
+# ---- a class was drawn: action (B, G), label (B,) ----
+def bandit(action, label):
+    """1 for the true class, else 0."""
+    return (action == label[:, None]).float()  # (B, G)
+
+
+def topk(action, label, similarity, k=5):
+    """1 - rank/k, rank = how many classes lie nearer to the label than the sampled one; 0 from rank k on.
+
+    The label has rank 0 and earns 1; its nearest neighbour earns 1 - 1/k; similarity (C, C), as in `smooth`.
+    With k = 1 it is `bandit`.
+    """
+    nearest = similarity.clone().fill_diagonal_(2.0)  # cosines end at 1: a class is nearest to itself
+    rank = nearest.argsort(1, descending=True, stable=True).argsort(1)  # (C, C)
+    return (1 - rank[label].gather(1, action) / k).clamp(min=0)
+
+
+def margin(action, label, probability, alpha=1.0):
+    """1 for the true class; a wrong one costs α·max(0, p(a) - p(y)): the more, the more π prefers it to y.
+
+    probability (B, C): the policy's when it sampled, without gradient. α = 0 is `bandit`; never below -α.
+    """
+    lead = (probability.gather(1, action) - probability.gather(1, label[:, None])).clamp(min=0)
+    return bandit(action, label) - alpha * lead
+
+
+def smooth(action, label, similarity, tau=0.3):
+    """exp((s(a, y) - 1)/τ): 1 for the true class, and near misses earn something; similarity s (C, C)."""
+    return torch.exp((similarity[label].gather(1, action) - 1) / tau)
+
+
+def class_similarity(features, label, n_classes):
+    """Cosines between the class means of a frozen network's features (N, D) -> (C, C), 1 on the diagonal.
+
+    The means are centred first: features behind a ReLU all point the same way, every cosine would be near 1.
+    """
+    total = torch.zeros(n_classes, features.shape[1], device=features.device).index_add_(0, label, features)
+    mean = total / label.bincount(minlength=n_classes).clamp(min=1)[:, None]
+    unit = torch.nn.functional.normalize(mean - mean.mean(0), dim=1)
+    return (unit @ unit.T).clamp(-1, 1).fill_diagonal_(1.0)
+
+
+# ---- a box was drawn: (B, G, 4) as x1, y1, x2, y2, in the units of the target (B, 4) ----
+def areas(box, target):
+    """Intersection, union and enclosing box's area, and which pairs are of two real boxes; (B, G) each."""
+    target = target[:, None].expand_as(box)
+    low, high = torch.maximum(box[..., :2], target[..., :2]), torch.minimum(box[..., 2:], target[..., 2:])
+    around = torch.maximum(box[..., 2:], target[..., 2:]) - torch.minimum(box[..., :2], target[..., :2])
+    sides = [(b[..., 2:] - b[..., :2]) for b in (box, target)]
+    valid = torch.stack([(s > 0).all(-1) for s in sides]).all(0)
+    inter = (high - low).clamp(min=0).prod(-1)
+    union = sum(s.prod(-1) for s in sides) - inter
+    return inter, union, around.prod(-1), valid
+
+
+def iou(box, target):
+    """Intersection over union, 0 … 1; a box without area or with its corners swapped earns 0."""
+    inter, union, _, valid = areas(box, target)
+    return torch.where(valid, inter / union.where(valid, 1.0), 0.0)
+
+
+def giou(box, target):
+    """IoU - (enclosing - union)/enclosing, -1 … 1 (arXiv:1902.09630): boxes that are apart differ too.
+
+    A box without area earns 0, so a policy that may draw such has to start where it mostly overlaps.
+    """
+    inter, union, around, valid = areas(box, target)
+    value = inter / union.where(valid, 1.0) - (around - union) / around.where(valid, 1.0)
+    return torch.where(valid, value, 0.0)
+
+
+def point_in_box(point, box):
+    """1 where the point (B, G, 2) lies in the box (B, 4), its edge included, else 0; no box, no point."""
+    box = box[:, None]  # (B, 1, 4)
+    inside = (point >= box[..., :2]).all(-1) & (point <= box[..., 2:]).all(-1)
+    return (inside & (box[..., 2:] > box[..., :2]).all(-1)).float()
+
+
+# ---- a mask was drawn: (B, G, ...) of 0 and 1, target (B, ...) ----
+def dice(mask, target):
+    """2·|A∩B| / (|A| + |B|), 0 … 1; 0 where both are empty."""
+    mask, target = mask.flatten(2).float(), target.flatten(1)[:, None].float()
+    return 2 * (mask * target).sum(2) / (mask.sum(2) + target.sum(2)).clamp(min=1)
+
+
+# which of them fit which task
+CLASS, BOX, MASK = ("bandit", "topk", "margin", "smooth"), ("iou", "giou"), ("dice",)
