@@ -99,7 +99,13 @@ class Interrupt:
         raise SystemExit(130)
 
 
+def command():
+    """The words that started this run: python FILE …, or python -m MODULE …"""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    by_name = spec is not None and spec.origin == sys.argv[0]
+    return ["python", *(["-m", spec.name] if by_name else sys.argv[:1]), *sys.argv[1:]]
+
+
 def resume_command():
     """The command line that goes on with this run."""
-    words = [w for w in sys.argv if w not in ("--resume", "--fresh")]
-    return shlex.join(["python", *words, "--resume"])
+    return shlex.join([*(w for w in command() if w not in ("--resume", "--fresh")), "--resume"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import atomic_write, die
+from utils.cli import atomic_write, command, die
 
 
 def pick_device(name="auto"):
@@ -74,7 +74,7 @@ def write_run_record(csv_path, args, **more):
     """Beside the CSV, with .json: arguments, command, commit, versions, machine and threads of its run."""
     packages = ("torch", "numpy", "tiktoken", "vaderSentiment")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    record = {"args": dataclasses.asdict(args), "command": " ".join(["python", *sys.argv]),
+    record = {"args": dataclasses.asdict(args), "command": " ".join(command()),
               "commit": git_commit(), "python": platform.python_version(), "versions": versions,
               "machine": platform.machine(), "threads": torch.get_num_threads(), **more}
     atomic_write(Path(csv_path).with_suffix(".json"), json.dumps(record, indent=2, default=str).encode())

@@ -54,6 +54,7 @@ class Data:
     val: Images
     classes: list[str] = field(default_factory=list)  # none for boxes and masks
     flip: bool = False                                # a mirrored image is as good: not so for digits
+    normalised: bool = False                          # ImageNet's mean and std are taken off
 
 
 def batches(data, batch_size, seed=0, start=0, steps=None, num_workers=0, bad_images="refuse"):
@@ -104,7 +105,8 @@ def load_classes(root, size, normalise=True):
         odd = sorted(set(train_classes) ^ set(val_classes))
         die(f"{root}: the two parts have different classes, only one has {', '.join(odd[:5])}: wanted the same "
             "folders in both")
-    return Data(*[Images(files, labels, files, read) for _, files, labels in parts], train_classes, flip=True)
+    return Data(*[Images(files, labels, files, read) for _, files, labels in parts], train_classes, True,
+                normalise)
 
 
 def split_folders(root):
@@ -203,4 +205,4 @@ def cifar100(size=32, normalise=True):
         return to_tensor(scaled, normalise), label
     made = [Images([Image.fromarray(x) for x in part.data], torch.tensor(part.targets),
                    [f"cifar100/{i}" for i in range(len(part))], read) for part in parts]
-    return Data(*made, parts[0].classes, flip=True)
+    return Data(*made, parts[0].classes, True, normalise)

@@ -1,0 +1,168 @@
+"""The networks of cnn_grpo.py: a small CNN, every torchvision classifier with a linear head, yolov8*-cls.
+
+Left out: detection and segmentation models. ultralytics is AGPL-3.0 and is imported only for yolov8.
+"""
+import os
+import socket
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.checkpoint import FORMAT
+from utils.cli import die, need
+
+YOLO = [f"yolov8{size}-cls" for size in "nsmlx"]
+
+
+class SmallCNN(nn.Module):
+    """(B, 3, H, W), H and W at least 8 -> logits (B, n_classes); 15,626 parameters for ten classes."""
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1, stride=2)
+        self.conv3 = nn.Conv2d(32, 32, 3, padding=1)
+        self.head = nn.Linear(32 * 4, n_classes)
+
+    def forward(self, x):
+        for conv in (self.conv1, self.conv2, self.conv3):
+            x = torch.relu(conv(x))
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+class Classifier(nn.Module):
+    """A network whose last linear layer gives the logits; it stays in eval mode, as RL needs it.
+
+    So BatchNorm uses its frozen statistics and dropout is off: KL at step 0 is 0.
+    """
+
+    def __init__(self, net, n_classes):
+        super().__init__()
+        linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            die(f"{type(net).__name__} has no linear head to train: choose another --model")
+        self.net, self.head_name = net.requires_grad_(True), linear[-1]  # ultralytics loads with False
+        if self.head.out_features != n_classes:
+            net.set_submodule(self.head_name, nn.Linear(self.head.in_features, n_classes))
+        self.eval()
+
+    @property
+    def head(self):
+        return self.net.get_submodule(self.head_name)
+
+    def forward(self, images):
+        out = self.net(images)
+        return (out[1] if isinstance(out, tuple) else out).float()  # yolov8 in eval mode: (softmax, logits)
+
+    def features(self, images):
+        """What the head reads, (B, D)."""
+        seen = []
+        hook = self.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        self(images)
+        hook.remove()
+        return seen[0].float()
+
+    @torch.no_grad()
+    def calibrate(self, batches):
+        """Random weights have statistics of nothing: takes BatchNorm's from images, once, before any training."""
+        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+            norm.train()
+        for images in batches if norms else ():
+            self.net(images)
+        self.eval()
+
+
+def build(name, n_classes, weights):
+    """weights: "default" (published ones, downloaded; none for `small`), "none" (random), or a file."""
+    if name not in ("small", *YOLO):
+        models = need("torchvision.models", "vision")
+        known = models.list_models(module=models)
+        if name not in known:
+            die(f"--model {name!r} is unknown: wanted small, {YOLO[0]} … {YOLO[-1]}, or one of torchvision's "
+                f"classifiers, {', '.join(n for n in known if n.startswith('resnet'))} and others")
+        net = models.get_model(name, weights=None)
+        if weights == "default":
+            net.load_state_dict(published(models.get_model_weights(name).DEFAULT))
+    elif name == "small":
+        net = SmallCNN(n_classes)
+    else:
+        net = yolo(name, weights)
+    model = Classifier(net, n_classes)
+    if weights not in ("default", "none") and not (name in YOLO and weights.endswith(".pt")):
+        load_weights(model, name, weights)
+    return model
+
+
+def published(weights):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(15)
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        die(f"--weights default: {weights.url} can't be fetched ({error}): put that file into "
+            f"{torch.hub.get_dir()}/checkpoints, name a file of your own with --weights FILE, or --weights none")
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def load_weights(model, name, path):
+    """A checkpoint of cnn_grpo.py, or a plain state dict as torchvision's; a head of other classes stays new."""
+    if not Path(path).is_file():
+        die(f"--weights {path}: no such file. Wanted default, none, or a file of weights.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
+        die(f"--weights {path} can't be read ({type(error).__name__}): wanted a state dict saved by torch.save")
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        made_for = content.get("config", {}).get("model")
+        if content.get("kind") != "classifier" or made_for != name:
+            die(f"--weights {path} is of a {content.get('kind')} {made_for or ''}: wanted a --model {name}")
+        content = content["model"]
+    own = model.net.state_dict()
+    found = {key.removeprefix("net."): value for key, value in content.items()}
+    head = {f"{model.head_name}.weight", f"{model.head_name}.bias"}
+    odd = [k for k in own.keys() ^ found.keys() if not k.endswith("num_batches_tracked")]
+    odd += [k for k in own.keys() & found.keys() if own[k].shape != found[k].shape and k not in head]
+    if odd:
+        die(f"--weights {path} doesn't fit --model {name}: {len(odd)} entries differ, {min(odd)} the first")
+    if found[f"{model.head_name}.weight"].shape != model.head.weight.shape:
+        print(f"{path}: its head has {len(found[f'{model.head_name}.weight'])} classes, a new one is trained")
+        found = {k: v for k, v in found.items() if k not in head}
+    model.net.load_state_dict({**own, **found})
+
+
+def yolo(name, weights):
+    """ultralytics' ClassificationModel; importing it must not reach a network nor change this process."""
+    threads, save = os.environ.get("OMP_NUM_THREADS"), torch.save
+    os.environ.update(YOLO_OFFLINE="true", YOLO_VERBOSE="false")
+    os.environ.setdefault("YOLO_CONFIG_DIR", str(Path("out/ultralytics").resolve()))
+    Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
+    tasks = need("ultralytics.nn.tasks", "yolo")
+    torch.save = save
+    os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+    if weights == "default" or weights.endswith(".pt"):
+        return published_yolo(f"{name}.pt" if weights == "default" else weights)
+    return tasks.ClassificationModel(f"{name}.yaml", verbose=False)
+
+
+def published_yolo(path):
+    """The network in a file of ultralytics', which pickles its classes: only those of torch.nn and its own."""
+    if not Path(path).is_file():
+        die(f"--weights default: no {path} here. Fetch it from ultralytics/assets on GitHub (releases, {path}), "
+            "or give --weights none or --weights FILE.pt")
+    import importlib
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        odd = [n for n in names if not n.startswith(("torch.nn.modules.", "ultralytics.nn."))]
+        if odd:
+            die(f"{path} pickles {odd[0]}, which is no layer: it isn't a file of ultralytics', and is not loaded")
+        parts = [n.rpartition(".") for n in names]
+        with torch.serialization.safe_globals([getattr(importlib.import_module(m), c) for m, _, c in parts]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return (content.get("ema") or content["model"]).float()
+    except Exception as error:
+        die(f"{path} can't be read as weights of ultralytics ({type(error).__name__}: {error})")

@@ -1,0 +1,116 @@
+"""A vision transformer whose dropout is part of the policy; one body, three kinds of answer.
+
+ViT (arXiv:2010.11929); dropout left on when it answers, each pass another network: MC dropout
+(arXiv:1506.02142). A pass takes the seed of its dropout masks, so that it can be replayed: GRPO scores an
+answer under the very network that gave it.
+Left out: pretrained weights, dropout on attention weights, other image sizes than the one built for.
+Run: python -m vision.vit_grpo
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class ViTConfig:
+    image_size: int = 16
+    patch: int = 4
+    width: int = 64
+    depth: int = 2
+    heads: int = 4
+    dropout: float = 0.1
+    task: str = "class"  # class: one label; box: x1, y1, x2, y2; mask: a 0 or 1 a pixel
+    n_classes: int = 10
+    bins: int = 33       # of a box's coordinate: bin i is i / (bins - 1) of the side
+    channels: int = 3
+
+    @property
+    def actions(self):
+        """T, how many actions an answer has."""
+        return {"class": 1, "box": 4, "mask": self.image_size ** 2}[self.task]
+
+    @property
+    def choices(self):
+        """V, among how many values an action chooses."""
+        return {"class": self.n_classes, "box": self.bins, "mask": 2}[self.task]
+
+
+class Dropout(nn.Module):
+    """x·m / (1 - p), m one Bernoulli(1 - p) a number from the generator; x itself where there is none."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x, generator):
+        if generator is None or self.p == 0:
+            return x
+        keep = torch.rand(x.shape, generator=generator, device=x.device) >= self.p
+        return x * keep / (1 - self.p)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each normalised before and dropped out behind (arXiv:2010.11929, eq. 2, 3)."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, Dropout(dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, generator):
+        N, L, D = x.shape
+        qkv = self.qkv(self.norm1(x)).view(N, L, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, D / heads) each
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, L, D)
+        x = x + self.dropout(self.out(attended), generator)
+        return x + self.dropout(self.mlp(self.norm2(x)), generator)
+
+
+class ViT(nn.Module):
+    """vit(images, seed=None): (N, C, H, W) -> logits (N, T, V); the seed is the dropout mask.
+
+    The same seed with the same images in the same order is the same network, another seed another one; None
+    is the mean network, without dropout, for evaluation. Every row of the batch has masks of its own: an image
+    repeated G times is answered by G networks. A label and a box are read from T learnt tokens in front of
+    the patches (ViT's class token; four of them for a box), a mask from the patches' own tokens.
+    ValueError where the sizes don't divide.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.image_size % c.patch or c.width % c.heads:
+            raise ValueError(f"patch {c.patch} must divide image_size {c.image_size}, and heads {c.heads} must "
+                             f"divide width {c.width}")
+        patches = (c.image_size // c.patch) ** 2
+        self.front = 0 if c.task == "mask" else c.actions  # tokens in front of the patches
+        self.embed = nn.Linear(c.channels * c.patch ** 2, c.width)
+        self.answer = nn.Parameter(torch.randn(self.front, c.width) * 0.02)
+        self.position = nn.Parameter(torch.randn(self.front + patches, c.width) * 0.02)
+        self.dropout = Dropout(c.dropout)
+        self.blocks = nn.ModuleList([Block(c.width, c.heads, c.dropout) for _ in range(c.depth)])
+        self.norm = nn.LayerNorm(c.width)
+        self.head = nn.Linear(c.width, c.choices * (c.patch ** 2 if c.task == "mask" else 1))
+
+    def features(self, images, seed=None):
+        """(N, C, H, W) -> (N, L, width): the tokens that the head reads, one an action, or one a patch."""
+        c = self.config
+        generator = None if seed is None else torch.Generator(images.device).manual_seed(seed)
+        x = self.embed(F.unfold(images, c.patch, stride=c.patch).transpose(1, 2))  # (N, patches, width)
+        x = torch.cat([self.answer.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        x = self.dropout(x + self.position, generator)
+        for block in self.blocks:
+            x = block(x, generator)
+        return self.norm(x[:, :self.front] if self.front else x)
+
+    def forward(self, images, seed=None):
+        c = self.config
+        logits = self.head(self.features(images, seed)).float()  # float32 under autocast, too
+        if c.task == "mask":  # fold undoes unfold: from patch by patch to rows of pixels
+            logits = F.fold(logits.transpose(1, 2), c.image_size, c.patch, stride=c.patch)  # (N, 2, H, W)
+            logits = logits.flatten(2).transpose(1, 2)  # (N, H·W, 2)
+        return logits
