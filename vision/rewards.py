@@ -20,7 +20,7 @@ def topk(action, label, similarity, k=5):
     With k = 1 it is `bandit`.
     """
     nearest = similarity.clone().fill_diagonal_(2.0)  # cosines end at 1: a class is nearest to itself
-    rank = nearest.argsort(1, descending=True, stable=True).argsort(1)  # (C, C)
+    rank = nearest.argsort(dim=1, descending=True, stable=True).argsort(1)  # (C, C)
     return (1 - rank[label].gather(1, action) / k).clamp(min=0)
 
 
