@@ -263,8 +263,9 @@ def main(args):
             log.close()
             interrupt.leave(resume_command())
     save(args.grpo_steps)
-    log.close()
     after, guess_after = evaluate(policy, ref, data, score, args, device)
+    log.write(step=args.grpo_steps, **after)
+    log.close()
     if after["top1"] > best:
         keep_best(after["top1"])
     write_run_record(args.log, args, **record, after=after)

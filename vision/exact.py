@@ -122,12 +122,13 @@ def figure(args):
                 curves = [curve(frame, metric) for frame in read_runs(found)[name]]
                 x, mean, std = band(curves) if len(curves) > 1 else (*curves[0], 0)
                 style = {"color": COLORS[i % 7], "linestyle": DASHES[i % 5], "linewidth": 1.6}
-                ax.plot(x, mean, label=name.removeprefix("cosine_").replace("_G", ", G"), **style)
+                ax.plot(x, mean, label=name.removeprefix("cosine_").replace("_", " "), **style)
                 ax.fill_between(x, mean - std, mean + std, color=COLORS[i % 7], alpha=0.15, linewidth=0)
             ax.legend(fontsize=8)
         left.set(xlabel="step", ylabel="expected reward, held out", title="same start, same steps")
-        right.set(xlabel="G, answers an image", ylabel="cosine with the exact gradient", xscale="log",
+        right.set(xlabel="G, answers an image", ylabel="cosine with the exact gradient",
                   title="one batch's gradient at the start")
+        right.set_xscale("log", base=2)
         right.set_xticks(GROUPS, GROUPS)
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=150)

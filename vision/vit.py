@@ -6,11 +6,14 @@ answer under the very network that gave it.
 Left out: pretrained weights, dropout on attention weights, other image sizes than the one built for.
 Run: python -m vision.vit_grpo
 """
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from utils import checkpoint
+from utils.cli import die
 
 
 @dataclass
@@ -74,18 +77,18 @@ class ViT(nn.Module):
     """vit(images, seed=None): (N, C, H, W) -> logits (N, T, V); the seed is the dropout mask.
 
     The same seed with the same images in the same order is the same network, another seed another one; None
-    is the mean network, without dropout, for evaluation. Every row of the batch has masks of its own: an image
+    is the mean network, without dropout, for evaluation. Each row of the batch has masks of its own: an image
     repeated G times is answered by G networks. A label and a box are read from T learnt tokens in front of
     the patches (ViT's class token; four of them for a box), a mask from the patches' own tokens.
-    ValueError where the sizes don't divide.
+    Leaves with a message where the sizes don't divide or dropout is no share.
     """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.image_size % c.patch or c.width % c.heads:
-            raise ValueError(f"patch {c.patch} must divide image_size {c.image_size}, and heads {c.heads} must "
-                             f"divide width {c.width}")
+        if c.image_size % c.patch or c.width % c.heads or not 0 <= c.dropout < 1:
+            die(f"a ViT of images {c.image_size}, patch {c.patch}, width {c.width}, heads {c.heads}, dropout "
+                f"{c.dropout}: wanted patch to divide images, heads to divide width, and 0 <= dropout < 1")
         patches = (c.image_size // c.patch) ** 2
         self.front = 0 if c.task == "mask" else c.actions  # tokens in front of the patches
         self.embed = nn.Linear(c.channels * c.patch ** 2, c.width)
@@ -96,7 +99,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(c.width)
         self.head = nn.Linear(c.width, c.choices * (c.patch ** 2 if c.task == "mask" else 1))
 
-    def features(self, images, seed=None):
+    def tokens(self, images, seed=None):
         """(N, C, H, W) -> (N, L, width): the tokens that the head reads, one an action, or one a patch."""
         c = self.config
         generator = None if seed is None else torch.Generator(images.device).manual_seed(seed)
@@ -107,10 +110,39 @@ class ViT(nn.Module):
             x = block(x, generator)
         return self.norm(x[:, :self.front] if self.front else x)
 
+    def features(self, images):
+        return self.tokens(images).mean(1)  # (N, width)
+
     def forward(self, images, seed=None):
         c = self.config
-        logits = self.head(self.features(images, seed)).float()  # float32 under autocast, too
+        logits = self.head(self.tokens(images, seed)).float()  # float32 under autocast, too
         if c.task == "mask":  # fold undoes unfold: from patch by patch to rows of pixels
             logits = F.fold(logits.transpose(1, 2), c.image_size, c.patch, stride=c.patch)  # (N, 2, H, W)
             logits = logits.flatten(2).transpose(1, 2)  # (N, H·W, 2)
         return logits
+
+
+def answers(config, action):
+    """What actions (..., T) say: classes (...,), boxes (..., 4) in shares of the sides, masks (..., H, W)."""
+    if config.task == "box":
+        return action / (config.bins - 1)
+    return action[..., 0] if config.task == "class" else action.unflatten(-1, (config.image_size,) * 2)
+
+
+def as_actions(config, target):
+    """The actions (N, T) that say a target: the inverse of `answers`, to the nearest bin."""
+    if config.task == "box":
+        return (target * (config.bins - 1)).round().long()
+    return target.reshape(len(target), -1)
+
+
+def load_vit(path, config, classes):
+    """The ViT in a best_vit_*.pt, with config's dropout; leaves with a message where it is another model."""
+    content = checkpoint.load(path, "vit", "python -m vision.vit_grpo", ("config", "model", "classes"))
+    for name, value in {**asdict(config), "classes": classes}.items():
+        found = content["classes"] if name == "classes" else content["config"][name]
+        if name != "dropout" and found != value:
+            die(f"{path} is of another model: its {name} is {found}, wanted {value}")
+    model = ViT(config)
+    model.load_state_dict(content["model"])
+    return model
