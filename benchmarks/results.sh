@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed]
+# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -42,4 +42,24 @@ if want char; then
 fi
 if want speed; then
   OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py --out results/vs_trl.csv
+fi
+
+rl="--aux_ce_coef 0 --temperature 1.5 --grpo_steps 1500"  # reward alone; the default adds 0.1 × cross-entropy
+cnn() { name=$1; seeds=$2; shift 2
+  for seed in $(seq 0 "$seeds"); do
+    $python -m vision.cnn_grpo "$@" --seed "$seed" --log results/cnn/$name-s$seed.csv --out out/r-cnn-$name-s$seed \
+      > /dev/null
+  done; }
+if want cnn; then
+  for reward in bandit smooth margin topk; do cnn $reward 4 $rl --reward $reward; done &
+  cnn ce 4 $rl --method ce
+  cnn head_only 2 $rl --head_only
+  for K in 2 16; do cnn K$K 2 $rl --group_size $K; done
+  for kl in 0 0.2 1; do cnn kl$kl 2 $rl --kl_coef $kl; done
+  cnn defaults 4
+  wait
+  rm -f results/cnn/*.png
+fi
+if want exact; then
+  $python -m vision.exact
 fi
