@@ -25,8 +25,8 @@ from utils.rewards import load_reward
 from utils.task import step_generator
 from vision import rewards
 from vision.cnn import build
-from vision.data import batches, flip, load_classes, standard
-from vision.show import grid
+from vision.data import batches, flip, load_classes
+from vision.show import report
 
 COLUMNS = [*SHARED, "samples", "seconds", "grad_norm", "frac_zero_std", "aux_ce", "eval_r", "top1", "top5", "eval_kl",
            "peak_mem_mb"]
@@ -269,30 +269,9 @@ def main(args):
     if after["top1"] > best:
         keep_best(after["top1"])
     write_run_record(args.log, args, **record, after=after)
-    report(args, data, device, {"before": (before, guess_before), "after": (after, guess_after)})
-
-
-def report(args, data, device, found):
-    """A table, a figure of the run and a picture of the first held-out images, never chosen."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from plot import plot_panels
-    table = Table("", "top-1", "top-5", f"reward ({args.reward})", "KL to π₀, nats", title=f"{len(data.val)} held-out images")
-    for name, (row, _) in found.items():
-        table.add_row(name, f"{row['top1']:.1%}", f"{row['top5']:.1%}", f"{row['eval_r']:.3f}", f"{row['eval_kl']:.3f}")
-    Console().print(table)
-    images, label, _ = next(batches(data.val, 10, bad_images=args.bad_images))
-    if data.normalised:
-        images = standard(images, inverse=True)
-    stem = Path(args.log).with_suffix("")
-    grid(f"{stem}_images.png", images, label, {k: guess[:len(label)].cpu() for k, (_, guess) in found.items()},
-         data.classes)
-    plot_panels([args.log], ["mean_r", "top1", "kl", "entropy"], f"{stem}.png")
-    skipped = sorted(data.train.skipped | data.val.skipped)
-    if skipped:
-        print(f"{len(skipped)} unreadable images were skipped: {', '.join(skipped[:3])}{' …' * (len(skipped) > 3)}")
-    print(f"wrote {args.log}, {stem}.png, {stem}_images.png and {args.out}/best_{Path(args.model).name}_grpo.pt")
+    report(args, data, {"before": (before, guess_before), "after": (after, guess_after)},
+           {"top1": "top-1", "top5": "top-5", "eval_r": f"reward ({args.reward})", "eval_kl": "KL to π₀, nats"},
+           ["mean_r", "top1", "kl", "entropy"], best_file)
 
 
 if __name__ == "__main__":

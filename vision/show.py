@@ -1,9 +1,36 @@
-"""A picture of what a vision policy answers: a row a policy (before, after), a column an image."""
+"""What a vision run ends with: a table, a figure of its curves, a picture of its answers before and after."""
 import io
+from pathlib import Path
 
 import torch
 
 from utils.cli import atomic_write
+from vision.data import batches, standard
+
+
+def report(args, data, found, columns, panels, made):
+    """found {"before": (numbers, answers), "after": …}; columns {number: title}; panels: of the figure.
+
+    The table is printed, figure and picture go beside the CSV; the pictures are of the first held-out images,
+    never chosen; made: another file that the run wrote.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from plot import plot_panels
+    table = Table(f"{len(data.val)} held-out images", *columns.values())
+    for name, (row, _) in found.items():
+        table.add_row(name, *(f"{row[key]:.3f}" for key in columns))
+    Console().print(table)
+    stem = Path(args.log).with_suffix("")
+    images, truth, _ = next(batches(data.val, 10, bad_images=args.bad_images))
+    images = standard(images, inverse=True) if data.normalised else images
+    rows = {name: answers[:len(images)].cpu() for name, (_, answers) in found.items()}
+    grid(f"{stem}_images.png", images, truth, rows, data.classes)
+    plot_panels([args.log], panels, f"{stem}.png")
+    if skipped := sorted(data.train.skipped | data.val.skipped):
+        print(f"skipped {len(skipped)} files that can't be read: {', '.join(skipped[:3])}{' …' * (len(skipped) > 3)}")
+    print(f"wrote {args.log}, {stem}.png, {stem}_images.png and {made}")
 
 
 def grid(path, images, truth, rows, names=None):
