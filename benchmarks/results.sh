@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact]
+# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact|vit]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -62,4 +62,12 @@ if want cnn; then
 fi
 if want exact; then
   $python -m vision.exact
+fi
+if want vit; then
+  for task in class box mask; do
+    for seed in 0 1 2 3 4; do
+      $python -m vision.vit_grpo --task $task --seed $seed --log results/vit/$task-s$seed.csv \
+        --ckpt_dir out/r-vit-$task-s$seed > /dev/null
+    done
+  done
 fi

@@ -65,7 +65,7 @@ def same_tokenizer(path, content, tokenizer, policy_path):
 
 # arguments that a resume may give otherwise than the run began with
 MAY_CHANGE = {"resume", "steps", "grpo_steps", "save_every", "eval_every", "eval_interval", "num_workers", "track",
-              "log", "out", "device"}
+              "log", "log_dir", "out", "ckpt_dir", "device"}
 
 
 def load_state(path, args, made_by, wanted=("config", "tokenizer", "model")):

@@ -72,7 +72,7 @@ class Args:
 
 
 def load(args, device):
-    """-> data, policy, its frozen copy π₀; the policy is as weak or strong as its weights and --sft_images."""
+    """-> data and the start π₀, as weak or strong as its weights and --sft_images make it."""
     digits, yolo = args.data_root == "digits", args.model.startswith("yolov8")
     size = args.img_size or ((8 if args.model == "small" else 32) if digits else
                              32 if args.data_root == "cifar100" else 224)
@@ -86,7 +86,7 @@ def load(args, device):
                                                            args.bad_images))
     if few:
         supervise(policy, few_labels(data.train, few, args.seed), args, device)
-    return data, policy, copy.deepcopy(policy).requires_grad_(False)
+    return data, policy
 
 
 def few_labels(train, few, seed):
@@ -176,13 +176,14 @@ def main(args):
     G, objective = args.group_size, replace(OBJECTIVES[args.objective], beta=0.0)  # KL is exact, added outside
     state = args.resume and checkpoint.load_state(f"{args.out}/state.pth", args, "python -m vision.cnn_grpo",
                                                   ("model", "step"))
-    data, policy, ref = load(args, device)
-    score = pick_reward(args, data, ref, device)
+    data, policy = load(args, device)
+    score = pick_reward(args, data, policy, device)
     fresh = args.model == "small" or args.weights == "none" or args.head_only
     lr = args.lr if args.lr is not None else 1e-3 if fresh else 1e-5
     trained = policy.head if args.head_only else policy
     policy.requires_grad_(False)
     trained.requires_grad_(True)
+    ref = copy.deepcopy(policy)  # its gradients stay on: without, the CPU takes other kernels, and KL begins at 1e-9
     optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
     best_file = f"{args.out}/best_{Path(args.model).name}_grpo.pt"
     start, seconds, samples, best = 0, 0.0, 0, -1.0

@@ -5,6 +5,7 @@ reward Σ_a π(a)·r(a), REINFORCE without a baseline, and GRPO with 2, 4, 8 and
 cosine between a sampled gradient and the exact one. Reward `bandit`, no KL term, no auxiliary loss.
 Run: python -m vision.exact
 """
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,8 @@ def gradient(policy, loss):
 def train(name, seed, args):
     """300 steps of one method from the seed's start; a CSV with the expected reward π(label) every few steps."""
     method, G = METHODS[name]
-    device = torch.device("cpu")
-    data, policy, ref = cnn_grpo.load(cnn_grpo.Args(seed=seed), device)
+    data, policy = cnn_grpo.load(cnn_grpo.Args(seed=seed), torch.device("cpu"))
+    ref = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     log = Log(f"{args.out}/{name.replace(' ', '_')}-s{seed}.csv", [*SHARED, "samples", "seconds", "top1"], args.steps)
     write_run_record(log.path, args, method=method, G=G)
@@ -91,7 +92,7 @@ def train(name, seed, args):
 
 def cosines(seed, args):
     """At the start, on one batch: the mean cosine between one draw's gradient and the exact one, by G."""
-    data, policy, _ = cnn_grpo.load(cnn_grpo.Args(seed=seed), torch.device("cpu"))
+    data, policy = cnn_grpo.load(cnn_grpo.Args(seed=seed), torch.device("cpu"))
     images, label, _ = next(batches(data.train, args.batch_size, seed, 0, 1))
     logits = policy(images)
     exact = gradient(policy, objective_loss("exact", 1, logits, label, None)[0])
