@@ -54,6 +54,12 @@ if want cnn; then
   for reward in bandit smooth margin topk; do cnn $reward 4 $rl --reward $reward; done &
   cnn ce 4 $rl --method ce
   cnn head_only 2 $rl --head_only
+  cnn head_first 2 $rl --head_only --grpo_steps 500  # then the whole network from there
+  for seed in 0 1 2; do
+    cnn_from="--sft_images 0 --weights out/r-cnn-head_first-s$seed/best_small_grpo.pt"
+    $python -m vision.cnn_grpo $rl --grpo_steps 1000 $cnn_from --seed $seed \
+      --log results/cnn/head_then_all-s$seed.csv --out out/r-cnn-then-s$seed > /dev/null
+  done
   for K in 2 16; do cnn K$K 2 $rl --group_size $K; done
   for kl in 0 0.2 1; do cnn kl$kl 2 $rl --kl_coef $kl; done
   cnn defaults 4
