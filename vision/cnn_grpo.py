@@ -272,7 +272,7 @@ def main(args):
     write_run_record(args.log, args, **record, after=after)
     report(args, data, {"before": (before, guess_before), "after": (after, guess_after)},
            {"top1": "top-1", "top5": "top-5", "eval_r": f"reward ({args.reward})", "eval_kl": "KL to π₀, nats"},
-           ["mean_r", "top1", "kl", "entropy"], best_file)
+           ["mean_r", "top1", "kl", "entropy"], [best_file])
 
 
 if __name__ == "__main__":

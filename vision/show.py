@@ -12,7 +12,7 @@ def report(args, data, found, columns, panels, made):
     """found {"before": (numbers, answers), "after": …}; columns {number: title}; panels: of the figure.
 
     The table is printed, figure and picture go beside the CSV; the pictures are of the first held-out images,
-    never chosen; made: another file that the run wrote.
+    never chosen; made: what else the run wrote.
     """
     from rich.console import Console
     from rich.table import Table
@@ -27,10 +27,11 @@ def report(args, data, found, columns, panels, made):
     images = standard(images, inverse=True) if data.normalised else images
     rows = {name: answers[:len(images)].cpu() for name, (_, answers) in found.items()}
     grid(f"{stem}_images.png", images, truth, rows, data.classes)
-    plot_panels([args.log], panels, f"{stem}.png")
+    if panels:
+        made = [plot_panels([args.log], panels, f"{stem}.png", optional=True), *made]
     if skipped := sorted(data.train.skipped | data.val.skipped):
-        print(f"skipped {len(skipped)} files that can't be read: {', '.join(skipped[:3])}{' …' * (len(skipped) > 3)}")
-    print(f"wrote {args.log}, {stem}.png, {stem}_images.png and {made}")
+        print(f"skipped {len(skipped)} files that can't be read, {skipped[0]} among them")
+    print(f"wrote {', '.join(map(str, [args.log, f'{stem}_images.png', *made]))}")
 
 
 def grid(path, images, truth, rows, names=None):

@@ -275,7 +275,7 @@ def main(args):
     write_run_record(args.log, args, **record, after=after)
     report(args, data, {"before": (before, first_before), "after": (after, first_after)},
            {metric: f"{metric}, dropout off", "eval_r": f"reward ({reward_name})", "eval_kl": "KL to π₀, nats / action"},
-           ["mean_r", metric, "kl", "entropy"], f"{args.ckpt_dir}/best_vit_{args.task}_grpo.pt")
+           ["mean_r", metric, "kl", "entropy"], [f"{args.ckpt_dir}/best_vit_{args.task}_grpo.pt"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""What clip_grpo.py shows its CLIP: images as CLIP wants them, classes as words; and how well it does.
+
+Run: python clip_grpo.py
+"""
+import functools
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from utils.cli import die, need
+from utils.rewards import load_reward
+from vision import clip_model, rewards
+from vision.data import batches, load_classes, to_tensor
+
+STARTS = "out/clip"  # where the small CLIP's starts are kept
+MEASURES = ["top1", "top5", "top1_other_templates", "top1_rotated"]  # on held-out images
+
+
+# ---- what the run is about ----
+def load(args):
+    """-> CLIP, its config, Data at its resolution with words for classes, if digits, two sets of templates."""
+    dataset = args.dataset or ("cifar100" if args.model_name else "digits")
+    digits = dataset == "digits"
+    if not args.model_name and not digits:
+        die(f"--dataset {dataset}: without --model-name there is only a small CLIP of digits. Add "
+            f"--model-name (a file, or one of {', '.join(clip_model.SIZES)})")
+    if dataset == "cifar100" and args.data_path:
+        os.environ["NANOGRPO_DATA"] = args.data_path
+    root = "digits" if digits else (args.data_path or "data/imagenet") if dataset == "imagenet" else dataset
+    if root not in ("digits", "cifar100") and not Path(root).is_dir():
+        die(f"--dataset {dataset}: no folder {root}. Wanted digits, cifar100, imagenet "
+            "(with --data-path FOLDER) or a folder with train/ and val/, a folder a class in each")
+    if args.model_name:
+        model, config = clip_model.load_clip(args.model_name, args.weights, args.seed)
+    else:
+        model, config = clip_model.digits_start(STARTS, args.seed, args.start_accuracy)
+    size = config["image_resolution"]
+    data = load_classes(root, size, normalise=False)
+    if root not in ("digits", "cifar100"):
+        for part in (data.train, data.val):
+            part.read = functools.partial(read_image, size)
+    data.classes = class_words(data.classes, root, args.classnames)
+    usual, other = clip_model.TEMPLATES, clip_model.OTHER_TEMPLATES
+    if digits:
+        usual, other = clip_model.DIGIT_TEMPLATES, clip_model.OTHER_DIGIT_TEMPLATES
+    templates = args.templates or usual, args.other_templates or other
+    return model, config, data, digits, *templates
+
+
+def class_words(classes, dataset, names_file=""):
+    """Folder names -> words: the user's file's, a digit's, ImageNet's, or their own with spaces for _."""
+    if names_file:
+        if not Path(names_file).is_file():
+            die(f"--classnames {names_file}: no such file. Wanted a line FOLDER WORDS a class")
+        lines = [line.split(maxsplit=1) for line in Path(names_file).read_text().splitlines()]
+        words = {line[0]: line[1].split(",")[0] for line in lines if len(line) == 2}
+        if lost := [name for name in classes if name not in words]:
+            die(f"--classnames {names_file} has no line for {', '.join(lost[:5])}: wanted one a class")
+        return [words[name] for name in classes]
+    if dataset == "digits":
+        return list(clip_model.DIGITS)
+    wnids = [name for name in classes if re.fullmatch(r"n\d{8}", name)]
+    if wnids and len(wnids) == len(classes) == 1000:  # sorted they are in the order of ImageNet's class list
+        return list(need("torchvision.models", "clip").ResNet50_Weights.DEFAULT.meta["categories"])
+    if wnids:
+        die(f"{len(wnids)} of {len(classes)} folders are named as ImageNet's ({wnids[0]}): words are known "
+            "for all 1,000 only. Give --classnames FILE, a line FOLDER WORDS a class, as ImageNet's "
+            "LOC_synset_mapping.txt")
+    return [name.replace("_", " ") for name in classes]
+
+
+def read_image(size, path, label):
+    """As CLIP's own preprocessing: the shorter side to size, bicubic, the centre of it; 0 … 1."""
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    width, height = (int(size * side / min(image.size)) for side in image.size)  # rounded as torchvision does
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return to_tensor(image.crop((left, top, left + size, top + size)), normalise=False), label
+
+
+def rotated(images, degrees=25.0):
+    """The images turned counter-clockwise about their centre; what comes in from outside is black."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
+    return F.grid_sample(images, F.affine_grid(turn, list(images.shape), align_corners=False).to(images),
+                         align_corners=False)
+
+
+def reward_function(args, words, text):
+    """-> function (action (B, G), label (B,), names of B images) -> reward (B, G)."""
+    spec = "smooth" if args.smooth_rewards else args.reward
+    if spec == "bandit":
+        return lambda action, label, names: rewards.bandit(action, label)
+    if spec == "smooth":
+        similarity, C = text @ text.T, len(text)
+        far = (1 - similarity).sum() / (C * (C - 1))  # mean over pairs: such a miss earns e⁻¹⁰
+        tau = args.smooth_tau if args.smooth_tau is not None else far / 10
+        return lambda action, label, names: rewards.smooth(action, label, similarity, tau)
+    function = load_reward(spec, ("bandit", "smooth"))
+
+    def by_function(action, label, names):
+        G = action.shape[1]
+        found = function(completions=[words[i] for i in action.flatten().tolist()],
+                         prompts=[name for name in names for _ in range(G)],
+                         label=[words[i] for i in label.tolist() for _ in range(G)])
+        return torch.tensor(found, device=action.device).view(-1, G)
+    return by_function
+
+
+@torch.no_grad()
+def evaluate(encoder, val, text, other_text, digits, **reading):
+    """Held out -> {measure: share}, [accuracy of each class], the classes named; digits also turned by 25°."""
+    right, labels, named = {name: [] for name in MEASURES}, [], []
+    for images, label, _ in batches(val, 128, **reading):
+        features, label = encoder(images), label.to(text.device)
+        labels.append(label)
+        best = (features @ text.T).topk(min(5, len(text)), dim=1).indices
+        ranked = best == label[:, None]
+        named.append(best[:, 0])
+        right["top1"].append(ranked[:, 0])
+        if len(text) > 5:
+            right["top5"].append(ranked.any(1))
+        right["top1_other_templates"].append((features @ other_text.T).argmax(1) == label)
+        if digits:
+            right["top1_rotated"].append((encoder(rotated(images)) @ text.T).argmax(1) == label)
+    top1, labels = torch.cat(right["top1"]).float(), torch.cat(labels)
+    scores = {name: torch.cat(found).float().mean().item() for name, found in right.items() if found}
+    of_class = [top1[labels == c] for c in range(len(text))]
+    return scores, [found.mean().item() if len(found) else None for found in of_class], torch.cat(named)

@@ -1,0 +1,109 @@
+"""LoRA for CLIP's visual transformer: W + (α/r)·B·A, only A and B trained (Hu et al., arXiv:2106.09685).
+
+peft adapts an nn.Linear. CLIP's attention is an nn.MultiheadAttention, whose frozen weights peft 0.21
+rewrites in the forward pass, and whose out_proj it adapts without effect; so each is first swapped for one
+with a Linear each for q, k, v and out. The reference is the same network, its adapters off: no second copy.
+Left out: the text tower (frozen), CLIP's ResNets.
+Run: python clip_grpo.py --use-lora --lora-r 8
+"""
+import copy
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import checkpoint
+from utils.cli import die, need
+
+
+class SplitAttention(nn.Module):
+    """CLIP's nn.MultiheadAttention, its packed weights sliced apart; the output is the same to the bit."""
+
+    def __init__(self, packed):
+        super().__init__()
+        self.heads = packed.num_heads
+        weights, biases = packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3)
+        self.q, self.k, self.v = (linear(*both) for both in zip(weights, biases))
+        self.out = linear(packed.out_proj.weight, packed.out_proj.bias)
+
+    def forward(self, x, key, value, need_weights=False, attn_mask=None):
+        """x (L, N, D) -> (L, N, D), None; self-attention, so key and value are x."""
+        L, N, D = x.shape
+        q, k, v = (part(x).view(L, N * self.heads, -1).transpose(0, 1).view(N, self.heads, L, -1)
+                   for part in (self.q, self.k, self.v))  # (N, heads, L, D/heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask)
+        return self.out(mixed.permute(2, 0, 1, 3).reshape(L * N, D)).view(L, N, D), None
+
+
+def linear(weight, bias):
+    made = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        made.bias.copy_(bias)
+    return made
+
+
+def add_lora(visual, r=8, alpha=16, dropout=0.05):
+    """The visual tower with adapters on q, k, v, out and both layers of each MLP; all else is frozen."""
+    peft = need("peft", "clip")
+    if not hasattr(visual, "transformer"):
+        die("--use-lora: this CLIP sees with a ResNet, wanted one with a transformer, such as ViT-B/32")
+    for block in visual.transformer.resblocks:
+        block.attn = SplitAttention(block.attn)
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
+                             target_modules=r".*\.(attn\.(q|k|v|out)|mlp\.(c_fc|c_proj))")
+    return peft.get_peft_model(visual, config).eval()
+
+
+def check_gradients(visual, images):
+    """AssertionError unless every adapter gets a gradient. B starts at 0, so A's is still 0: B's counts."""
+    features = visual(images)
+    direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
+    (features * direction.to(features)).sum().backward()
+    adapters = {name: p for name, p in visual.named_parameters() if "lora_" in name}
+    idle = [name for name, p in adapters.items() if p.grad is None or ("lora_B" in name and not p.grad.any())]
+    visual.zero_grad(set_to_none=True)
+    assert adapters and not idle, f"{len(idle)} of {len(adapters)} adapters get no gradient: {idle[:3]}"
+
+
+def count(visual):
+    """-> trainable parameters, all parameters but the adapters (those of the tower itself)."""
+    sizes = {name: p.numel() for name, p in visual.named_parameters()}
+    trainable = sum(p.numel() for p in visual.parameters() if p.requires_grad)
+    return trainable, sum(n for name, n in sizes.items() if "lora_" not in name)
+
+
+# ---- files: the adapters alone, or the tower with them added ----
+def save_adapter(path, visual, logit_scale):
+    """The adapters and the one other number that was trained, a hundredth of a whole CLIP."""
+    config = visual.peft_config["default"]
+    checkpoint.write(path, "adapter", config={"r": config.r, "alpha": config.lora_alpha},
+                     model=need("peft", "clip").get_peft_model_state_dict(visual),
+                     logit_scale=logit_scale.detach())
+
+
+def load_adapter(path, visual, logit_scale):
+    """Puts the file's adapters into a tower with `add_lora`'s; refuses those of other sizes."""
+    peft = need("peft", "clip")
+    content = checkpoint.load(path, "adapter", "python clip_grpo.py --use-lora --save-model",
+                              ("config", "model", "logit_scale"))
+    here = visual.peft_config["default"]
+    wanted = {"r": here.r, "alpha": here.lora_alpha}
+    shapes = [{k: v.shape for k, v in state.items()}
+              for state in (content["model"], peft.get_peft_model_state_dict(visual))]
+    if content["config"] != wanted or shapes[0] != shapes[1]:
+        die(f"--lora-adapter {path} was made with {content['config']}, for {len(shapes[0])} matrices: wanted "
+            f"{wanted}, and the {len(shapes[1])} of this tower. Give its --lora-r, --lora-alpha and model")
+    peft.set_peft_model_state_dict(visual, content["model"])
+    with torch.no_grad():
+        logit_scale.copy_(content["logit_scale"])
+
+
+def merged(visual):
+    """W + (α/r)·B·A in CLIP's own layout: the state dict of a plain visual tower."""
+    state = copy.deepcopy(visual).merge_and_unload().state_dict()
+    for name in [name for name in state if re.search(r"\.attn\.q\.", name)]:
+        parts = [state.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        state[name.replace(".attn.q.", ".attn.in_proj_")] = torch.cat(parts)
+    return {name.replace(".attn.out.", ".attn.out_proj."): value for name, value in state.items()}
