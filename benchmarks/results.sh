@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact|vit]
+# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact|vit|clip]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -79,4 +79,18 @@ if want vit; then
         --ckpt_dir out/r-vit-$task-s$seed > /dev/null
     done
   done
+fi
+
+clip() { name=$1; seeds=$2; shift 2
+  for seed in $(seq 0 "$seeds"); do
+    $python clip_grpo.py "$@" --seed "$seed" --log results/clip/$name-s$seed.csv --out out/clip/r-$name > /dev/null
+  done; }
+if want clip; then
+  clip reward01 4
+  clip smooth 4 --smooth-rewards
+  clip lora 4 --use-lora --lora-r 8
+  clip ce 4 --method ce
+  clip weak01 2 --start-accuracy 0.2
+  clip weaksmooth 2 --start-accuracy 0.2 --smooth-rewards
+  rm -f results/clip/*.png
 fi
