@@ -259,7 +259,7 @@ def main(args):
             token_adv = adv.abs().mean() if args.method == "grpo" else None
             log.write(step=step, mean_r=reward.mean(), token_adv=token_adv, samples=samples, seconds=seconds,
                       entropy_norm=sums["entropy"] / math.log(len(words)), lr=optimizer.param_groups[0]["lr"],
-                      frac_zero_std=(reward.std(1) == 0).float().mean(), logit_scale=scale.exp(),
+                      frac_zero_std=(reward == reward[:, :1]).all(1).float().mean(), logit_scale=scale.exp(),
                       peak_mem_mb=peak_mem_mb(device), **sums, **row)
         if args.save_model and (step + 1) % a_pass == 0 or interrupt.asked:
             save(step + 1)

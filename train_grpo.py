@@ -181,7 +181,7 @@ def main(args):
         new_tokens = int(mask.sum())
         seconds, samples, tokens_seen = seconds + elapsed, samples + B * G, tokens_seen + new_tokens
         gold = JUDGES[args.gold](texts, asked_each.texts)
-        frac_zero_std = None if G == 1 else (reward.view(B, G).std(1) == 0).float().mean()
+        frac_zero_std = None if G == 1 else (reward == reward[:, :1]).all(1).float().mean()
         sums.pop("pg_loss")
         log.write(step=step, mean_r=reward.mean(), token_adv=adv.abs().mean(), samples=samples,
                   tokens=tokens_seen, seconds=seconds, gold=sum(gold) / len(gold),

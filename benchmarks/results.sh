@@ -90,7 +90,7 @@ if want clip; then
   clip smooth 4 --smooth-rewards
   clip lora 4 --use-lora --lora-r 8
   clip ce 4 --method ce
-  clip weak01 2 --start-accuracy 0.2
-  clip weaksmooth 2 --start-accuracy 0.2 --smooth-rewards
+  clip weak01 2 --start-accuracy 0.15
+  clip weaksmooth 2 --start-accuracy 0.15 --smooth-rewards
   rm -f results/clip/*.png
 fi

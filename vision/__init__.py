@@ -1,1 +1,1 @@
-"""Where an action isn't a token: class labels, boxes, masks, image codes. The loss is grpo.py's, unchanged."""
+"""Where an action is a class label, a box, a mask or an image code. The loss is grpo.py's, unchanged."""

@@ -15,7 +15,7 @@ from PIL import Image
 from utils.cli import die, need
 from utils.rewards import load_reward
 from vision import clip_model, rewards
-from vision.data import batches, load_classes, to_tensor
+from vision.data import batches, load_classes, open_rgb, to_tensor
 
 STARTS = "out/clip"  # where the small CLIP's starts are kept
 MEASURES = ["top1", "top5", "top1_other_templates", "top1_rotated"]  # on held-out images
@@ -23,7 +23,7 @@ MEASURES = ["top1", "top5", "top1_other_templates", "top1_rotated"]  # on held-o
 
 # ---- what the run is about ----
 def load(args):
-    """-> CLIP, its config, Data at its resolution with words for classes, if digits, two sets of templates."""
+    """-> CLIP, its config, Data with words for classes, whether digits, two sets of templates."""
     dataset = args.dataset or ("cifar100" if args.model_name else "digits")
     digits = dataset == "digits"
     if not args.model_name and not digits:
@@ -76,8 +76,7 @@ def class_words(classes, dataset, names_file=""):
 
 def read_image(size, path, label):
     """As CLIP's own preprocessing: the shorter side to size, bicubic, the centre of it; 0 … 1."""
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    image = open_rgb(path)
     width, height = (int(size * side / min(image.size)) for side in image.size)  # rounded as torchvision does
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -115,7 +114,7 @@ def reward_function(args, words, text):
 
 @torch.no_grad()
 def evaluate(encoder, val, text, other_text, digits, **reading):
-    """Held out -> {measure: share}, [accuracy of each class], the classes named; digits also turned by 25°."""
+    """Held out -> {measure: share}, [a class's accuracy], the classes named; digits also turned by 25°."""
     right, labels, named = {name: [] for name in MEASURES}, [], []
     for images, label, _ in batches(val, 128, **reading):
         features, label = encoder(images), label.to(text.device)

@@ -3,10 +3,12 @@
 Left out: detection and segmentation models. ultralytics is AGPL-3.0 and is imported only for yolov8.
 """
 import os
+import pickle
 import socket
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 from utils.checkpoint import FORMAT
@@ -65,7 +67,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches):
-        """Random weights have statistics of nothing: takes BatchNorm's from images, once, before any training."""
+        """BatchNorm's statistics, which random weights have none of, from images: once, before training."""
         norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.reset_running_stats()
@@ -92,7 +94,7 @@ def build(name, n_classes, weights):
     else:
         net = yolo(name, weights)
     model = Classifier(net, n_classes)
-    if weights not in ("default", "none") and not (name in YOLO and weights.endswith(".pt")):
+    if weights not in ("default", "none") and (name not in YOLO or ours(weights)):
         load_weights(model, name, weights)
     return model
 
@@ -102,26 +104,36 @@ def published(weights):
     socket.setdefaulttimeout(15)
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         die(f"--weights default: {weights.url} can't be fetched ({error}): put that file into "
-            f"{torch.hub.get_dir()}/checkpoints, name a file of your own with --weights FILE, or --weights none")
+            f"{torch.hub.get_dir()}/checkpoints, or give --weights FILE or --weights none")
     finally:
         socket.setdefaulttimeout(before)
 
 
+def ours(path):
+    """Whether the file is a checkpoint of cnn_grpo.py's, told by its format."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True).get("format") == FORMAT
+    except Exception:  # not ours then: whoever reads it next says what is wrong with it
+        return False
+
+
 def load_weights(model, name, path):
-    """A checkpoint of cnn_grpo.py, or a plain state dict as torchvision's; a head of other classes stays new."""
+    """A checkpoint of cnn_grpo.py, or a state dict as torchvision's; a head of other classes stays new."""
     if not Path(path).is_file():
         die(f"--weights {path}: no such file. Wanted default, none, or a file of weights.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        die(f"--weights {path} can't be read ({type(error).__name__}): wanted a state dict saved by torch.save")
+        die(f"--weights {path} can't be read ({type(error).__name__}): wanted what torch.save writes")
     if isinstance(content, dict) and content.get("format") == FORMAT:
         made_for = content.get("config", {}).get("model")
         if content.get("kind") != "classifier" or made_for != name:
             die(f"--weights {path} is of a {content.get('kind')} {made_for or ''}: wanted a --model {name}")
         content = content["model"]
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        die(f"--weights {path} holds a {type(content).__name__}: wanted a state dict, names to tensors")
     own = model.net.state_dict()
     found = {key.removeprefix("net."): value for key, value in content.items()}
     head = {f"{model.head_name}.weight", f"{model.head_name}.bias"}
@@ -137,29 +149,29 @@ def load_weights(model, name, path):
 
 def yolo(name, weights):
     """ultralytics' ClassificationModel; importing it must not reach a network nor change this process."""
-    threads, save = os.environ.get("OMP_NUM_THREADS"), torch.save
+    threads, save, read = os.environ.get("OMP_NUM_THREADS"), torch.save, Image.open
     os.environ.update(YOLO_OFFLINE="true", YOLO_VERBOSE="false")
     os.environ.setdefault("YOLO_CONFIG_DIR", str(Path("out/ultralytics").resolve()))
     Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
     tasks = need("ultralytics.nn.tasks", "yolo")
-    torch.save = save
+    torch.save, Image.open = save, read  # it puts its own in their place
     os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
-    if weights == "default" or weights.endswith(".pt"):
+    if weights == "default" or weights != "none" and not ours(weights):
         return published_yolo(f"{name}.pt" if weights == "default" else weights)
     return tasks.ClassificationModel(f"{name}.yaml", verbose=False)
 
 
 def published_yolo(path):
-    """The network in a file of ultralytics', which pickles its classes: only those of torch.nn and its own."""
+    """The network in a file of ultralytics', which pickles classes: torch.nn's and its own are let in."""
     if not Path(path).is_file():
-        die(f"--weights default: no {path} here. Fetch it from ultralytics/assets on GitHub (releases, {path}), "
+        die(f"--weights default: no {path} here. Fetch it from the releases of ultralytics/assets on GitHub, "
             "or give --weights none or --weights FILE.pt")
     import importlib
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         odd = [n for n in names if not n.startswith(("torch.nn.modules.", "ultralytics.nn."))]
         if odd:
-            die(f"{path} pickles {odd[0]}, which is no layer: it isn't a file of ultralytics', and is not loaded")
+            die(f"{path} pickles {odd[0]}, which is no layer: no file of ultralytics', so not loaded")
         parts = [n.rpartition(".") for n in names]
         with torch.serialization.safe_globals([getattr(importlib.import_module(m), c) for m, _, c in parts]):
             content = torch.load(path, map_location="cpu", weights_only=True)

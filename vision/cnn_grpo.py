@@ -28,13 +28,13 @@ from vision.cnn import build
 from vision.data import batches, flip, load_classes
 from vision.show import report
 
-COLUMNS = [*SHARED, "samples", "seconds", "grad_norm", "frac_zero_std", "aux_ce", "eval_r", "top1", "top5", "eval_kl",
-           "peak_mem_mb"]
+COLUMNS = [*SHARED, "samples", "seconds", "grad_norm", "frac_zero_std", "aux_ce", "eval_r", "top1",
+           "top5", "eval_kl", "peak_mem_mb"]
 
 
 @dataclass
 class Args:
-    model: str = "small"  # small, a torchvision classifier (resnet50, …), yolov8n-cls … yolov8x-cls (AGPL-3.0)
+    model: str = "small"  # small, one of torchvision's (resnet50, …), yolov8n-cls … yolov8x-cls (AGPL-3.0)
     data_root: str = "digits"  # digits, cifar100, or a folder with train/ and val/ (or eval/)
     weights: str = "default"  # default: published ones (small has none); none: random; FILE
     sft_images: int | None = None  # labelled images a class of the start; None: 3 on digits, else 0
@@ -77,11 +77,13 @@ def load(args, device):
     size = args.img_size or ((8 if args.model == "small" else 32) if digits else
                              32 if args.data_root == "cifar100" else 224)
     data = load_classes(args.data_root, size, normalise=not yolo)  # yolov8-cls was trained on 0 … 1
-    data.val = data.val.subset(torch.randperm(len(data.val), generator=step_generator(0, 0))[:args.eval_images])
+    order = torch.randperm(len(data.val), generator=step_generator(0, 0))
+    data.val = data.val.subset(order[:args.eval_images].tolist())
     torch.manual_seed(args.seed)
     policy = build(args.model, len(data.classes), args.weights).to(device)
-    few = args.sft_images if args.sft_images is not None else 3 * digits
-    if args.weights in ("default", "none") and not (args.weights == "default" and args.model != "small"):
+    begun = args.weights not in ("default", "none")  # from a file: trained already
+    few = args.sft_images if args.sft_images is not None else 3 * (digits and not begun)
+    if args.weights == "none" or args.model == "small" and not begun:
         policy.calibrate(x.to(device) for x, *_ in batches(data.train, 32, args.seed, 0, 8, args.num_workers,
                                                            args.bad_images))
     if few:
@@ -98,8 +100,8 @@ def few_labels(train, few, seed):
 
 def supervise(policy, train, args, device):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    for images, labels, _ in batches(train, min(64, len(train)), args.seed, 0, args.sft_steps, args.num_workers,
-                                     args.bad_images):
+    for images, labels, _ in batches(train, min(64, len(train)), args.seed, 0, args.sft_steps,
+                                     args.num_workers, args.bad_images):
         F.cross_entropy(policy(images.to(device)), labels.to(device)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -143,7 +145,10 @@ def pick_reward(args, data, ref, device):
 
 def draw(logp, group_size, generator):
     """G classes an image from log-probabilities (B, C) -> (B, G), from the generator's numbers alone."""
-    return torch.multinomial(logp.exp().cpu(), group_size, replacement=True, generator=generator).to(logp.device)
+    if logp.isnan().any():
+        die("the policy gives no probabilities any more (NaN): lower --lr, go on from the last checkpoint")
+    drawn = torch.multinomial(logp.exp().cpu(), group_size, replacement=True, generator=generator)
+    return drawn.to(logp.device)
 
 
 def exact_kl(logp, logp_ref):
@@ -153,9 +158,10 @@ def exact_kl(logp, logp_ref):
 
 @torch.no_grad()
 def evaluate(policy, ref, data, score, args, device):
-    """On held-out images: accuracy of the arg-max, mean reward of one draw an image, exact KL; and the arg-max."""
+    """Held out: accuracy of the arg-max, mean reward of a draw an image, exact KL; and each arg-max."""
     generator, rows, guesses = step_generator(args.seed, 10**6), [], []
-    for images, label, names in batches(data.val, 256, num_workers=args.num_workers, bad_images=args.bad_images):
+    for images, label, names in batches(data.val, 256, num_workers=args.num_workers,
+                                        bad_images=args.bad_images):
         label, logits = label.to(device), policy(images.to(device))
         logp = (logits / args.temperature).log_softmax(1)
         logp_ref = (ref(images.to(device)) / args.temperature).log_softmax(1)
@@ -163,19 +169,21 @@ def evaluate(policy, ref, data, score, args, device):
         reward = score(draw(logp, 1, generator), label, logp.exp(), names)
         rows.append(torch.stack([best[:, 0], best.any(1), reward[:, 0], exact_kl(logp, logp_ref)]))
         guesses.append(logits.argmax(1))
-    return dict(zip(("top1", "top5", "eval_r", "eval_kl"), torch.cat(rows, 1).mean(1).tolist())), torch.cat(guesses)
+    means = torch.cat(rows, 1).mean(1).tolist()
+    return dict(zip(("top1", "top5", "eval_r", "eval_kl"), means)), torch.cat(guesses)
 
 
 def main(args):
     # ---- set-up ----
     at_least(args, sft_images=0, sft_steps=0, group_size=2, batch_size=1, grpo_steps=1, temperature=1e-3,
-             kl_coef=0.0, aux_ce_coef=0.0, aux_ce_end=0.0, lr=0.0, margin_alpha=0.0, tau=1e-3, img_size=8,
+             kl_coef=0.0, aux_ce_coef=0.0, aux_ce_end=0.0, lr=0.0, margin_alpha=0.0, weight_decay=0.0,
+             grad_clip=1e-9, tau=1e-3, img_size=8,
              num_workers=0, eval_interval=1, eval_images=1, save_every=1)
     device = pick_device(args.device)
     autocast, dtype = pick_autocast(device, args.dtype)
-    G, objective = args.group_size, replace(OBJECTIVES[args.objective], beta=0.0)  # KL is exact, added outside
+    G, objective = args.group_size, replace(OBJECTIVES[args.objective], beta=0.0)  # exact KL is added outside
     state = args.resume and checkpoint.load_state(f"{args.out}/state.pth", args, "python -m vision.cnn_grpo",
-                                                  ("model", "step"))
+                                                  ("model", "classes"))
     data, policy = load(args, device)
     score = pick_reward(args, data, policy, device)
     fresh = args.model == "small" or args.weights == "none" or args.head_only
@@ -183,31 +191,38 @@ def main(args):
     trained = policy.head if args.head_only else policy
     policy.requires_grad_(False)
     trained.requires_grad_(True)
-    ref = copy.deepcopy(policy)  # its gradients stay on: without, the CPU takes other kernels, and KL begins at 1e-9
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    ref = copy.deepcopy(policy)  # same requires_grad: else the CPU takes other kernels, KL begins at 1e-9
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, betas=(0.9, 0.99),
+                                  weight_decay=args.weight_decay)
     best_file = f"{args.out}/best_{Path(args.model).name}_grpo.pt"
     start, seconds, samples, best = 0, 0.0, 0, -1.0
     before, guess_before = evaluate(ref, ref, data, score, args, device)
     if args.resume:
+        if state["classes"] != data.classes:
+            die(f"--resume: {args.out}/state.pth knows {len(state['classes'])} classes, {args.data_root} has "
+                f"{len(data.classes)}, or others: give the same images, or start anew without --resume")
         policy.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds, samples, best = (state[k] for k in ("step", "seconds", "samples", "best"))
-    record = {"device": str(device), "dtype": dtype, "objective": asdict(objective), "lr_used": lr, "before": before}
+    record = {"device": str(device), "dtype": dtype, "objective": asdict(objective), "lr_used": lr,
+              "before": before}
     write_run_record(args.log, args, **record)
     log = Log(args.log, COLUMNS, args.grpo_steps, start, args.track, asdict(args))
     interrupt = Interrupt()
 
     def save(step):
         checkpoint.write(f"{args.out}/state.pth", "state", model=policy.state_dict(),
-                         optimizer=optimizer.state_dict(), step=step, seconds=seconds, samples=samples, best=best,
+                         optimizer=optimizer.state_dict(), step=step, seconds=seconds, samples=samples,
+                         best=best, classes=data.classes,
                          args=asdict(args), threads=torch.get_num_threads())
 
     def keep_best(top1):
         checkpoint.write(best_file, "classifier", model=policy.state_dict(), top1=top1, classes=data.classes,
                          config={"model": args.model, **asdict(args)})
 
-    for step, (images, label, names) in enumerate(batches(
-            data.train, args.batch_size, args.seed, start, args.grpo_steps, args.num_workers, args.bad_images), start):
+    loader = batches(data.train, args.batch_size, args.seed, start, args.grpo_steps, args.num_workers,
+                     args.bad_images)
+    for step, (images, label, names) in enumerate(loader, start):
         row = {}
         if step % args.save_every == 0:
             save(step)
@@ -256,9 +271,11 @@ def main(args):
         # ---- log ----
         seconds, samples = seconds + time.perf_counter() - clock, samples + action.numel()
         entropy = -(logp_all.exp() * logp_all).sum(1).mean()
-        log.write(step=step, loss=loss, mean_r=reward.mean(), kl=kl, entropy=entropy, token_adv=adv.abs().mean(),
-                  samples=samples, seconds=seconds, grad_norm=grad_norm, aux_ce=ce,
-                  frac_zero_std=(reward.std(1) == 0).float().mean(), peak_mem_mb=peak_mem_mb(device), **row)
+        log.write(step=step, loss=loss, mean_r=reward.mean(), kl=kl, entropy=entropy,
+                  token_adv=adv.abs().mean(), samples=samples, seconds=seconds, grad_norm=grad_norm,
+                  aux_ce=ce,
+                  frac_zero_std=(reward == reward[:, :1]).all(1).float().mean(),
+                  peak_mem_mb=peak_mem_mb(device), **row)
         if interrupt.asked:
             save(step + 1)
             log.close()
@@ -271,7 +288,7 @@ def main(args):
         keep_best(after["top1"])
     write_run_record(args.log, args, **record, after=after)
     report(args, data, {"before": (before, guess_before), "after": (after, guess_after)},
-           {"top1": "top-1", "top5": "top-5", "eval_r": f"reward ({args.reward})", "eval_kl": "KL to π₀, nats"},
+           {"top1": "top-1", "top5": "top-5", "eval_r": f"reward ({args.reward})", "eval_kl": "KL, nats"},
            ["mean_r", "top1", "kl", "entropy"], [best_file])
 
 

@@ -44,8 +44,10 @@ class Images(Dataset):
             return None, str(error), str(self.images[i])
 
     def subset(self, index):
-        return Images([self.images[i] for i in index], [self.targets[i] for i in index],
+        part = Images([self.images[i] for i in index], [self.targets[i] for i in index],
                       [self.names[i] for i in index], self.read)
+        part.skipped = self.skipped  # counted once for the whole
+        return part
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Data:
 
 
 def batches(data, batch_size, seed=0, start=0, steps=None, num_workers=0, bad_images="refuse"):
-    """Yields images (B, C, H, W), targets, names, a step each; steps=None: once through the data, in order."""
+    """Yields images (B, C, H, W), targets, names a step; steps=None: once through the data, in order."""
     if steps is None:
         index = torch.arange(len(data)).split(batch_size)
     else:
@@ -72,6 +74,8 @@ def batches(data, batch_size, seed=0, start=0, steps=None, num_workers=0, bad_im
             if image is None:
                 data.skipped.add(path)
         items = [item for item in items if item[0] is not None]
+        if not items and steps is None and len(data.skipped) < len(data):
+            continue
         if not items:
             die(f"none of the {batch_size} images of a batch can be read: {path} is the last of them")
         images, targets, names = zip(*items)
@@ -103,7 +107,7 @@ def load_classes(root, size, normalise=True):
     (train_classes, *_), (val_classes, *_) = parts
     if train_classes != val_classes:
         odd = sorted(set(train_classes) ^ set(val_classes))
-        die(f"{root}: the two parts have different classes, only one has {', '.join(odd[:5])}: wanted the same "
+        die(f"{root}: the two parts' classes differ, only one has {', '.join(odd[:5])}: wanted the same "
             "folders in both")
     return Data(*[Images(files, labels, files, read) for _, files, labels in parts], train_classes, True,
                 normalise)
@@ -117,7 +121,7 @@ def split_folders(root):
     for folder in (root / "train", val):
         if not folder.is_dir():
             found = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
-            die(f"--data_root {root} has no {folder.name}/ (found {found}): wanted train/ and val/ (or eval/)")
+            die(f"--data_root {root} has no {folder.name}/ ({found}): wanted train/ and val/ (or eval/)")
     return root / "train", val
 
 
@@ -142,13 +146,19 @@ def image_files(folder):
 
 def read_class(size, normalise, path, label):
     """The shorter side to size·256/224, the centre of it, as ImageNet's evaluation does it."""
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    image = open_rgb(path)
     scale = size * 256 / 224 / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return to_tensor(image.crop((left, top, left + size, top + size)), normalise), label
+
+
+def open_rgb(path):
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip it to white
+            image = Image.fromarray((np.array(image) / 257).clip(0, 255).astype("uint8"))
+        return image.convert("RGB")
 
 
 def to_tensor(image, normalise=True):
@@ -195,14 +205,16 @@ def cifar100(size=32, normalise=True):
     try:
         parts = [datasets.CIFAR100(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        die(f"CIFAR-100 isn't at {root}/cifar-100-python and can't be downloaded ({type(error).__name__}): put "
-            "the unpacked folder there, or name an image folder")
+        die(f"CIFAR-100 isn't at {root}/cifar-100-python and can't be downloaded ({type(error).__name__}): "
+            "put the unpacked folder there, or name an image folder")
     finally:
         socket.setdefaulttimeout(before)
-
-    def read(image, label):
-        scaled = image if size == 32 else image.resize((size, size), Image.Resampling.BICUBIC)
-        return to_tensor(scaled, normalise), label
+    read = functools.partial(read_cifar, size, normalise)
     made = [Images([Image.fromarray(x) for x in part.data], torch.tensor(part.targets),
                    [f"cifar100/{i}" for i in range(len(part))], read) for part in parts]
     return Data(*made, parts[0].classes, True, normalise)
+
+
+def read_cifar(size, normalise, image, label):
+    scaled = image if size == 32 else image.resize((size, size), Image.Resampling.BICUBIC)
+    return to_tensor(scaled, normalise), label

@@ -1,8 +1,8 @@
 """What sampling costs: GRPO beside the exact policy gradient, which ten classes allow to be enumerated.
 
-The same start, images and steps for each of: cross-entropy with the labels, the exact gradient of the expected
-reward Σ_a π(a)·r(a), REINFORCE without a baseline, and GRPO with 2, 4, 8 and 16 answers an image; then the
-cosine between a sampled gradient and the exact one. Reward `bandit`, no KL term, no auxiliary loss.
+The same start, images and steps for each of: cross-entropy with the labels, the exact gradient of the
+expected reward Σ_a π(a)·r(a), REINFORCE without a baseline, and GRPO with 2, 4, 8 and 16 answers an image;
+then the cosine between a sampled gradient and the exact one. Reward `bandit`, no KL term, no auxiliary loss.
 Run: python -m vision.exact
 """
 import copy
@@ -58,16 +58,18 @@ def objective_loss(method, G, logits, label, generator):
 
 
 def gradient(policy, loss):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True)])
+    parts = torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in parts])
 
 
 def train(name, seed, args):
-    """300 steps of one method from the seed's start; a CSV with the expected reward π(label) every few steps."""
+    """One method from the seed's start; a CSV with the expected reward π(label) every few steps."""
     method, G = METHODS[name]
     data, policy = cnn_grpo.load(cnn_grpo.Args(seed=seed), torch.device("cpu"))
     ref = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    log = Log(f"{args.out}/{name.replace(' ', '_')}-s{seed}.csv", [*SHARED, "samples", "seconds", "top1"], args.steps)
+    path = f"{args.out}/{name.replace(' ', '_')}-s{seed}.csv"
+    log = Log(path, [*SHARED, "samples", "seconds", "top1"], args.steps)
     write_run_record(log.path, args, method=method, G=G)
     held, labels, _ = next(batches(data.val, len(data.val)))
     seconds = 0.0
@@ -106,7 +108,7 @@ def cosines(seed, args):
 
 
 def figure(args):
-    """Left: expected reward on held-out images against steps; right: cosine against G. Bands: std over seeds."""
+    """Left: expected reward, held out, against steps; right: cosine against G. Bands: std over seeds."""
     import io
 
     import matplotlib

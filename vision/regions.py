@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils.cli import die
-from vision.data import Data, Images, digit_arrays, image_files, split_folders, to_tensor
+from vision.data import Data, Images, digit_arrays, image_files, open_rgb, split_folders, to_tensor
 
 
 def digit_scenes(n, size=32, digits=1, seed=0, split="train", sides=(0.35, 0.65)):
@@ -36,7 +36,7 @@ def digit_scenes(n, size=32, digits=1, seed=0, split="train", sides=(0.35, 0.65)
                 if not images[i, 0, y:y + side, x:x + side].any():
                     break
             else:
-                die(f"{digits} digits of {sides[0]:.0%} to {sides[1]:.0%} of a side don't fit: fewer or smaller")
+                die(f"{digits} digits of {sides[0]:.0%} to {sides[1]:.0%} of a side don't fit a scene")
             which = int(u[3] * len(stock))
             digit = F.interpolate(stock[which:which + 1], (side, side), mode="bilinear")[0, 0]
             ink = digit > 0.3
@@ -51,9 +51,9 @@ def digit_scenes(n, size=32, digits=1, seed=0, split="train", sides=(0.35, 0.65)
 def load_regions(task, root, size):
     """task "box": targets (4,) as shares of the image's sides; task "mask": targets (size, size) of 0 and 1.
 
-    root: "digits" for digit scenes, or a folder with train/ and val/ (or eval/): in each images and, for boxes,
-    one COCO JSON (the largest box of an image is its target), for masks NAME_mask.png beside NAME.jpg. Images
-    are squeezed to size × size, so that every box and mask stays whole.
+    root: "digits" for digit scenes, or a folder with train/ and val/ (or eval/): in each images and, for
+    boxes, one COCO JSON (the largest box of an image is its target), for masks NAME_mask.png beside NAME.jpg.
+    Images are squeezed to size × size, so that every box and mask stays whole.
     """
     if root == "digits":
         def part(n, split):
@@ -64,7 +64,7 @@ def load_regions(task, root, size):
     collect = {"box": coco_boxes, "mask": mask_files}[task]
     read = functools.partial({"box": read_box, "mask": read_mask}[task], size)
     parts = [collect(folder) for folder in split_folders(root)]
-    return Data(*[Images(files, targets, files, read) for files, targets in parts])
+    return Data(*[Images(files, targets, files, read) for files, targets in parts], normalised=True)
 
 
 def coco_boxes(folder):
@@ -78,6 +78,7 @@ def coco_boxes(folder):
         annotations = [(a["id"], images[a["image_id"]], [float(v) for v in a["bbox"]])
                        for a in content["annotations"]]
         sizes = {i: (float(image["width"]), float(image["height"])) for i, image in images.items()}
+        paths = {i: found[0].parent / image["file_name"] for i, image in images.items()}
     except (ValueError, KeyError, TypeError) as error:
         die(f"{found[0]} is no COCO JSON ({type(error).__name__}: {error}): wanted images (id, file_name, "
             "width, height) and annotations (id, image_id, bbox = [x, y, width, height])")
@@ -85,12 +86,13 @@ def coco_boxes(folder):
     for number, image, box in annotations:
         width, height = sizes[image["id"]]
         x, y, w, h = box if len(box) == 4 else (0, 0, 0, 0)
-        if not (w > 0 and h > 0 and x >= 0 and y >= 0 and x + w <= width + 1 and y + h <= height + 1):
-            die(f"{found[0]}: annotation {number} has bbox {box}: wanted x, y, width, height in pixels inside "
-                f"the {width:g} × {height:g} of {image['file_name']}")
+        inside = 0 <= x < width and 0 <= y < height and x + w <= width + 1 and y + h <= height + 1
+        if not (w > 0 and h > 0 and inside):
+            die(f"{found[0]}: annotation {number} has bbox {box}: wanted x, y, width, height in pixels of "
+                f"the {width:g} × {height:g} of {paths[image['id']].name}")
         if w * h > largest.get(image["id"], (0,))[0]:
             share = torch.tensor([x / width, y / height, (x + w) / width, (y + h) / height]).clamp(max=1)
-            largest[image["id"]] = (w * h, str(found[0].parent / image["file_name"]), share)
+            largest[image["id"]] = (w * h, str(paths[image["id"]]), share)
     for _, path, _ in largest.values():
         if not Path(path).is_file():
             die(f"{found[0]} names {Path(path).name}, which isn't in {found[0].parent}")
@@ -112,14 +114,14 @@ def mask_files(folder):
 
 
 def read_box(size, path, box):
-    with Image.open(path) as image:
-        return to_tensor(image.convert("RGB").resize((size, size))), box
+    return to_tensor(open_rgb(path).resize((size, size))), box
 
 
 def read_mask(size, path, mask_path):
-    with Image.open(path) as image, Image.open(mask_path) as mask:
+    image = open_rgb(path)
+    with Image.open(mask_path) as mask:
         if image.size != mask.size:
             raise ValueError(f"{mask.size} pixels in the mask, {image.size} in the image")
         mask = mask.convert("L").resize((size, size), Image.Resampling.NEAREST)
         target = torch.from_numpy(np.array(mask) > 0).long()
-        return to_tensor(image.convert("RGB").resize((size, size))), target
+        return to_tensor(image.resize((size, size))), target

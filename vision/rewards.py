@@ -46,6 +46,7 @@ def class_similarity(features, label, n_classes):
     total = torch.zeros(n_classes, features.shape[1], device=features.device).index_add_(0, label, features)
     mean = total / label.bincount(minlength=n_classes).clamp(min=1)[:, None]
     unit = torch.nn.functional.normalize(mean - mean.mean(0), dim=1)
+    unit = unit * (label.bincount(minlength=n_classes) > 0)[:, None]  # a class never seen is like no other
     return (unit @ unit.T).clamp(-1, 1).fill_diagonal_(1.0)
 
 
@@ -56,9 +57,9 @@ def areas(box, target):
     low, high = torch.maximum(box[..., :2], target[..., :2]), torch.minimum(box[..., 2:], target[..., 2:])
     around = torch.maximum(box[..., 2:], target[..., 2:]) - torch.minimum(box[..., :2], target[..., :2])
     sides = [(b[..., 2:] - b[..., :2]) for b in (box, target)]
-    valid = torch.stack([(s > 0).all(-1) for s in sides]).all(0)
     inter = (high - low).clamp(min=0).prod(-1)
     union = sum(s.prod(-1) for s in sides) - inter
+    valid = torch.stack([(s > 0).all(-1) for s in sides]).all(0) & (union > 0)  # tiny sides' areas underflow
     return inter, union, around.prod(-1), valid
 
 

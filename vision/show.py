@@ -38,8 +38,8 @@ def grid(path, images, truth, rows, names=None):
     """Writes a PNG, atomically.
 
     images (n, 3, H, W) in 0 … 1; truth and every value of rows ({"before": …, "after": …}) hold n answers of
-    one kind: class indices (n,) with their `names`, boxes (n, 4) as shares of the sides, or masks (n, H, W) of
-    0 and 1. A class caption is green where right, red where wrong; the true box or outline is green, the
+    one kind: class indices (n,) with their `names`, boxes (n, 4) as shares of the sides, or masks (n, H, W)
+    of 0 and 1. A class caption is green where right, red where wrong; the true box or outline is green, the
     answer's red.
     """
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def grid(path, images, truth, rows, names=None):
             elif true.shape == (4,):
                 for box, color in ((true, "#2ecc71"), (answer, "#e74c3c")):
                     x1, y1, x2, y2 = (box.cpu() * torch.tensor([width, height, width, height]) - 0.5).tolist()
-                    ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linewidth=1.5))
+                    ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, lw=1.5))
             else:
                 shade = torch.zeros(height, width, 4)
                 shade[answer.bool()] = torch.tensor([0.9, 0.2, 0.15, 0.5])

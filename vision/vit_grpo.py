@@ -262,7 +262,8 @@ def main(args):
         log.write(step=step, loss=loss, mean_r=reward.mean(), kl=kl, token_adv=adv.abs().mean(), aux_ce=ce,
                   entropy=-(logq.exp() * logq).sum(2).mean(), samples=samples, seconds=seconds,
                   clip_frac=stats["clip_frac"], ratio_max=stats["ratio_max"], grad_norm=grad_norm,
-                  frac_zero_std=(reward.std(1) == 0).float().mean(), peak_mem_mb=peak_mem_mb(device), **row)
+                  frac_zero_std=(reward == reward[:, :1]).all(1).float().mean(),
+                  peak_mem_mb=peak_mem_mb(device), **row)
         if interrupt.asked:
             save(step + 1)
             log.close()
@@ -274,7 +275,7 @@ def main(args):
     log.close()
     write_run_record(args.log, args, **record, after=after)
     report(args, data, {"before": (before, first_before), "after": (after, first_after)},
-           {metric: f"{metric}, dropout off", "eval_r": f"reward ({reward_name})", "eval_kl": "KL to π₀, nats / action"},
+           {metric: f"{metric}, dropout off", "eval_r": f"reward ({reward_name})", "eval_kl": "KL, nats"},
            ["mean_r", metric, "kl", "entropy"], [f"{args.ckpt_dir}/best_vit_{args.task}_grpo.pt"])
 
 
