@@ -20,7 +20,8 @@ FORMAT = "nanogrpo-1"
 
 def save(path, kind, model, tokenizer, **more):
     """model: a module with .config; tokenizer: a Tokenizer of utils; more: further entries of the dict."""
-    write(path, kind, config=asdict(model.config), tokenizer=tokenizer.state(), model=model.state_dict(), **more)
+    write(path, kind, config=asdict(model.config), tokenizer=tokenizer.state(), model=model.state_dict(),
+          **more)
 
 
 def write(path, kind, **content):
@@ -64,8 +65,8 @@ def same_tokenizer(path, content, tokenizer, policy_path):
 
 
 # arguments that a resume may give otherwise than the run began with
-MAY_CHANGE = {"resume", "steps", "grpo_steps", "save_every", "eval_every", "eval_interval", "num_workers", "track",
-              "log", "log_dir", "out", "ckpt_dir", "device"}
+MAY_CHANGE = {"resume", "steps", "grpo_steps", "save_every", "eval_every", "eval_interval", "num_workers",
+              "track", "log", "log_dir", "out", "ckpt_dir", "device"}
 
 
 def load_state(path, args, made_by, wanted=("config", "tokenizer", "model")):
