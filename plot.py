@@ -195,7 +195,7 @@ def draw(fig, runs, found, title="", x="step", note=""):
     names = [f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name
              for name, frames in runs.items()]
     fit = max(1, int(width * 13 / (max(map(len, names)) + 9)))  # 13 letters an inch, 9 for handle and gap
-    fig.set_figheight(height + 0.24 * max(0, -(-len(names) // fit) - 2))  # 13 characters an inch, 9 for a handle
+    fig.set_figheight(height + 0.24 * max(0, -(-len(names) // fit) - 2))  # panels keep their room
     fig.legend([Line2D([], [], markersize=4, **style) for style in styles.values()], names, alignment="left",
                loc="outside upper left", ncols=min(fit, len(names)), borderaxespad=0.2, borderpad=0.2,
                title=title or None, title_fontproperties={"size": 11, "weight": "bold"})
