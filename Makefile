@@ -17,10 +17,10 @@ demo: .venv/base
 	.venv/bin/python rlhf_demo.py
 
 test: .venv/dev
-	.venv/bin/python -m pytest -m "slow or not slow"
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 -m "slow or not slow"
 
 check: .venv/dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 4
 
 clean:
 	rm -rf .venv logs out
