@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact|vit|clip]
+# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact|vit|clip|c2i]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -93,4 +93,12 @@ if want clip; then
   clip weak01 2 --start-accuracy 0.15
   clip weaksmooth 2 --start-accuracy 0.15 --smooth-rewards
   rm -f results/clip/*.png
+fi
+if want c2i; then
+  for seed in 0 1 2; do
+    models="--ckpt-dir out/r-c2i --global-seed $seed"  # what is trained before GRPO is kept there
+    $python -m vision.c2i_grpo $models --log results/c2i/grpo-s$seed.csv > /dev/null
+    $python -m vision.c2i_grpo $models --beta 0 --log results/c2i/beta0-s$seed.csv > /dev/null
+    $python -m vision.c2i_grpo $models --sampling teacher-forced --log results/c2i/mse-s$seed.csv > /dev/null
+  done
 fi

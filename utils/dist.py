@@ -1,0 +1,182 @@
+"""Several processes, one run: torchrun's ranks, DDP, FSDP2, checkpoints that any number of processes reads.
+
+FSDP2 is `fully_shard` (ZeRO, arXiv:1910.02054). Without torchrun each function does what one process needs.
+Left out: tensor and pipeline parallelism, rank 0 reading for all. Run: torchrun -m vision.c2i_grpo
+"""
+import contextlib
+import io
+import os
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import checkpoint
+from utils.cli import atomic_write, die, writing
+from utils.device import pick_device
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves by itself: it is meant
+HOOKS = {torch.bfloat16: default_hooks.bf16_compress_hook, torch.float16: default_hooks.fp16_compress_hook}
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def one_voice():
+    """For what all ranks do alike: rank 0 speaks, errors included, the others are silent."""
+    silent = io.StringIO() if rank() else None
+    with contextlib.redirect_stdout(silent or sys.stdout), contextlib.redirect_stderr(silent or sys.stderr):
+        try:
+            yield
+        except SystemExit:
+            time.sleep(3 if rank() else 0)  # torchrun ends all with the first: rank 0 must come to speak
+            raise
+
+
+def start(device="auto", backend="auto"):
+    """Joins the other processes, if torchrun started this one -> this process's device."""
+    device = pick_device(device)
+    if backend == "nccl" and device.type != "cuda":
+        die(f"--backend nccl needs CUDA GPUs, this run is on {device.type}: wanted --backend gloo, or auto")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            die(f"{device.index + 1} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        auto = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(auto if backend == "auto" else backend)
+    return device
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_on_rank_0(make):
+    """make() on rank 0, then on the others, which find the files that it wrote."""
+    made = None if rank() else make()
+    if dist.is_initialized():
+        dist.barrier()
+    return make() if rank() else made
+
+
+def wrap(model, kind, dtype=torch.float32, grad_dtype=torch.float32, device=torch.device("cpu")):
+    """kind: ddp; fsdp; sdp: weights stay whole from forward to backward; hsdp: sharded within a node alone.
+
+    model has .layers; grad_dtype: that in which processes exchange gradients.
+    """
+    frozen = not any(p.requires_grad for p in model.parameters())
+    if not dist.is_initialized() or kind == "ddp" and frozen:
+        return model
+    if kind == "ddp":
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        if grad_dtype in HOOKS:
+            model.register_comm_hook(None, HOOKS[grad_dtype])
+        return model
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    shape = (world() // node, node) if kind == "hsdp" else (world(),)
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+    precision = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, grad_dtype)
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=kind != "sdp", mp_policy=precision)
+    return model
+
+
+def sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+@contextlib.contextmanager
+def whole(model, reshard=True):
+    """FSDP2 keeps the gathered weights from pass to pass (sampling makes one a code), but not beyond."""
+    parts = [m for m in model.modules() if sharded(m)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(reshard, recurse=False)
+
+
+def clip(model, max_norm):
+    """Scales all gradients down to max_norm -> their norm before, over all shards."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+def mean(numbers):
+    """A dict of numbers averaged over the processes; names in _max: the greatest."""
+    every = [{k: float(v) for k, v in numbers.items()}]
+    if dist.is_initialized():
+        every = every * world()
+        dist.all_gather_object(every, every[0])
+    return {k: max(n[k] for n in every) if k.endswith("_max") else sum(n[k] for n in every) / len(every)
+            for k in numbers}
+
+
+# ---- checkpoints: a folder a step, complete or not there ----
+def newest(folder, made_by):
+    found = sorted(path.parent for path in Path(folder).glob("[0-9]*/resume_step.txt"))
+    if not found:
+        die(f"--resume: no checkpoint in {folder}: run `{made_by}` first, or name another --ckpt-dir")
+    return found[-1]
+
+
+def save(folder, model, optimizer, step, in_shards, **content):
+    """consolidated.pth and optimizer.pth, or torch.distributed.checkpoint's files; then what says which."""
+    folder = Path(folder)
+    tmp = folder.with_name(f".{folder.name}.tmp")
+    options = states.StateDictOptions(full_state_dict=not in_shards, cpu_offload=not in_shards)
+    state = {"model": states.get_model_state_dict(model, options=options),  # if full, empty but on rank 0
+             "optimizer": states.get_optimizer_state_dict(model, optimizer, options=options)}
+    with writing(folder):
+        if rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+        if in_shards:
+            first_on_rank_0(lambda: None)
+            dcp.save(state, checkpoint_id=tmp, no_dist=not dist.is_initialized())
+        if rank() == 0:
+            if not in_shards:
+                atomic_write(tmp / "consolidated.pth", lambda file: torch.save(state["model"], file))
+                atomic_write(tmp / "optimizer.pth", lambda file: torch.save(state["optimizer"], file))
+            checkpoint.write(tmp / "run.pth", "state", step=step, **content)
+            (tmp / "state_type.txt").write_text("sharded" if in_shards else "full")
+            (tmp / "resume_step.txt").write_text(str(step))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(tmp, folder)
+    first_on_rank_0(lambda: None)
+
+
+def load(folder, model, optimizer=None):
+    """Fills a model, and the optimizer if given, from what any number of processes saved."""
+    full = (Path(folder) / "state_type.txt").read_text() == "full"
+    options = states.StateDictOptions(full_state_dict=full, cpu_offload=full)
+    state = {"model": states.get_model_state_dict(model, options=options)}
+    if optimizer is not None:
+        state["optimizer"] = states.get_optimizer_state_dict(model, optimizer, options=options)
+    if full:
+        for name, file in (("model", "consolidated.pth"), ("optimizer", "optimizer.pth")):
+            state[name] = torch.load(Path(folder) / file, map_location="cpu", weights_only=True)
+    else:  # without an optimizer a rank reads by itself
+        dcp.load(state, checkpoint_id=folder, no_dist=optimizer is None or not dist.is_initialized())
+    states.set_model_state_dict(model, state["model"], options=options)
+    if optimizer is not None:
+        states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)

@@ -1,0 +1,227 @@
+"""What a run of c2i_grpo.py is made of: presets, models, rewards, and the measures of its digits.
+
+The digits' tokenizer, GPT and two classifiers are trained here, once, and kept under --ckpt-dir.
+Left out: LlamaGen's own training, perceptual rewards. Run: python -m vision.c2i_grpo
+"""
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from utils import checkpoint, dist
+from utils.cli import at_least, atomic_write, die
+from utils.rewards import checked, load_reward
+from vision.c2i_data import digits
+from vision.cnn import build
+from vision.data import standard, step_index
+from vision.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig, load_official
+from vision.sampling import check_sampling
+from vision.vq import VQS, VQConfig, VQModel
+
+GPTS = {**IMAGE_GPTS, "digits": ImageGPTConfig(64, 3, 4, 64, 16, 10, multiple_of=32)}
+TOKENIZERS = {**VQS, "digits": VQConfig(16, (1, 2), 32, 64, 4)}
+# what a field that is None becomes: LlamaGen's sizes, then where the digits differ
+LLAMAGEN = dict(
+    gpt_model="GPT-B", vq_model="VQ-16", codebook_size=16384, codebook_embed_dim=8, image_size=256,
+    downsample_size=16, num_classes=1000, dataset="imagenet", mixed_precision="bf16", data_parallel="fsdp",
+    lr=1e-5, clip_range=1e-4, epochs=100, sample_batch_size=32, train_batch_size=8, num_workers=8,
+    ckpt_every=0, log_interval=10, eval_every=0)
+DIGITS = dict(
+    gpt_model="digits", vq_model="digits", codebook_size=64, codebook_embed_dim=4, image_size=8,
+    downsample_size=2, num_classes=10, dataset="digits", mixed_precision="fp32", data_parallel="ddp",
+    lr=5e-4, clip_range=0.2, epochs=2, sample_batch_size=32, train_batch_size=32, num_workers=0,
+    ckpt_every=50, log_interval=1, eval_every=20)
+LEAST = dict(
+    num_generations=2, codebook_size=2, codebook_embed_dim=1, image_size=8, num_classes=1,
+    sample_batch_size=1, train_batch_size=1, gradient_accumulation_steps=1, adv_clip_max=0.0,
+    clip_range=0.0, beta=0.0, lr=0.0, beta1=0.0, beta2=0.0, weight_decay=0.0, max_grad_norm=0.0, epochs=1,
+    max_steps=1, num_workers=0, ckpt_every=0, vq_steps=1, gpt_steps=0, classifier_steps=1, log_interval=1,
+    log_image_every=0, eval_every=0, eval_images=2)
+
+
+def resolve(args):
+    """Fills in what is None, refuses what doesn't fit -> the arguments, and whether they ask for digits."""
+    is_digits = args.vq_ckpt is None and args.data_path is None
+    chosen = {**(DIGITS if is_digits else LLAMAGEN),
+              "reward": "mse" if args.sampling == "teacher-forced" else "classifier"}
+    args = replace(args, **{k: v for k, v in chosen.items() if getattr(args, k) is None})
+    at_least(args, **LEAST)
+    try:
+        check_sampling(args.cfg_scale, args.temperature, args.top_k, args.top_p)
+    except ValueError as error:
+        die(f"--{error}")
+    factor, size = TOKENIZERS[args.vq_model].downsample, args.image_size
+    batch = args.train_batch_size * args.gradient_accumulation_steps
+    wrong = {
+        f"--cls-token-num {args.cls_token_num}: wanted 1, as in LlamaGen's": args.cls_token_num != 1,
+        f"--downsample-size {args.downsample_size}: --vq-model {args.vq_model} has {factor}":
+            args.downsample_size != factor,
+        f"--image-size {size} is no multiple of the downsample factor {factor}": size % factor,
+        f"--image-size {size}: wanted 256, 384 or 512": not is_digits and size not in (256, 384, 512),
+        f"--num-classes {args.num_classes}: there are 10 digits": is_digits and args.num_classes != 10,
+        "--data-path needs --vq-ckpt FILE, LlamaGen's tokenizer": not is_digits and args.vq_ckpt is None,
+        "--vq-ckpt needs data: give --data-path DIR or --code-path DIR":
+            not is_digits and not args.data_path and not args.code_path,
+        "--extract-codes reads images: leave out --code-path": args.extract_codes and args.code_path,
+        f"--sample-batch-size {args.sample_batch_size} is no multiple of {batch}, --train-batch-size times "
+        "--gradient-accumulation-steps": args.sample_batch_size % batch,
+        "--beta1, --beta2: wanted numbers below 1": max(args.beta1, args.beta2) >= 1,
+        "--reward mse: a free sample has no true image. Wanted --sampling teacher-forced, or classifier":
+            args.reward == "mse" and args.sampling == "autoregressive"}
+    for message in (message for message, found in wrong.items() if found):
+        die(message)
+    return args, is_digits
+
+
+# ---- models ----
+def load_models(args, is_digits, device):
+    """-> tokenizer, GPT, the reward's classifier, a judge: from files, or trained here; None: not needed."""
+    torch.manual_seed(args.global_seed)
+    vq = VQModel(replace(TOKENIZERS[args.vq_model], codebook_size=args.codebook_size,
+                         codebook_dim=args.codebook_embed_dim))
+    config = replace(GPTS[args.gpt_model], vocab_size=args.codebook_size, num_classes=args.num_classes,
+                     block_size=(args.image_size // args.downsample_size) ** 2)
+    net = judge = None
+    if is_digits:
+        x, y = digits(args.image_size)
+        with torch.no_grad():  # begins on the data: codes that no image is near would never be used
+            seen = vq.embed(x[:args.codebook_size]).flatten(0, 2)
+            vq.quantize.embedding.weight.copy_(seen[torch.randperm(len(seen))[:args.codebook_size]])
+        fit(args, "vq", vq, args.vq_steps, lambda i: vq.loss(x[i])[0])
+    else:
+        load_official(vq, args.vq_ckpt)
+    if args.gpt_ckpt is not None:
+        gpt = load_gpt(config, args.gpt_ckpt, args.from_fsdp)
+    else:
+        gpt = ImageGPT(config)
+        if is_digits:
+            @functools.cache  # made when it is needed: not where the GPT is there already
+            @torch.no_grad()
+            def codes():
+                return vq.encode(x).flatten(1)  # (N, T)
+            fit(args, "gpt", gpt, args.gpt_steps, lambda i: F.cross_entropy(
+                gpt(codes()[i, :-1], y[i]).flatten(0, 1), codes()[i].flatten()))
+    if is_digits:
+        net, judge = (build("small", 10, "none") for _ in range(2))
+        for name, cnn in (("reward", net), ("judge", judge)):
+            fit(args, name, cnn, args.classifier_steps, lambda i: F.cross_entropy(cnn((x[i] + 1) / 2), y[i]))
+    elif args.reward == "classifier":
+        net = build(args.classifier, args.num_classes, args.classifier_weights)
+    for frozen in (vq, net, judge):
+        if frozen is not None:
+            frozen.to(device).eval().requires_grad_(False)
+    return vq, gpt.to(device).eval(), net, judge
+
+
+def load_gpt(config, path, from_fsdp):
+    if Path(path).is_dir() != from_fsdp:
+        die(f"--gpt-ckpt {path} is {'no folder: leave out' if from_fsdp else 'a folder: give'} --from-fsdp")
+    if from_fsdp and (Path(path) / ".metadata").is_file():  # what --ckpt-sharded wrote
+        gpt = ImageGPT(config)
+        dist.load(path, gpt)
+        return gpt
+    with torch.device("meta"):
+        gpt = ImageGPT(config)
+    return load_official(gpt, path).float()
+
+
+def fit(args, name, model, steps, loss):
+    """Trains a model of the digits; --ckpt-dir/digits/NAME-s{seed}.pth keeps it for runs with equal flags."""
+    path = Path(args.ckpt_dir) / "digits" / f"{name}-s{args.global_seed}.pth"
+    made_of = {k: getattr(args, k) for k in ("image_size", "codebook_size", "codebook_embed_dim", "vq_model",
+                                            "vq_steps", "gpt_model", "gpt_steps", "classifier_steps")}
+    content = checkpoint.load(path, name, "python -m vision.c2i_grpo", ("made_of",)) if path.is_file() else {}
+    if content.get("made_of") == made_of:
+        model.load_state_dict(content["model"])
+        return
+    print(f"training the digits' {name}, {steps} steps")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    for step in range(steps):
+        loss(step_index(1438, 64, args.global_seed, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    checkpoint.write(path, name, made_of=made_of, model=model.state_dict())
+
+
+@torch.no_grad()
+def decode(vq, codes, chunk=64):
+    """codes (N, T) -> images (N, 3, H, W) in 0 … 1, some at a time; always in float32."""
+    return torch.cat([((vq.decode(part) + 1) / 2).clamp(0, 1) for part in codes.split(chunk)])
+
+
+# ---- rewards ----
+def pick_reward(args, net, is_digits):
+    """-> function (images (N, 3, H, W) in 0 … 1, labels (N,), the true images or None) -> reward (N,)."""
+    if args.reward == "mse":
+        return lambda images, labels, truth: -(images - truth).square().flatten(1).mean(1)
+    if args.reward == "classifier":
+        @torch.no_grad()
+        def log_probability(images, labels, truth):
+            if not is_digits:  # torchvision's classifiers
+                images = standard(F.interpolate(images, (224, 224), mode="bilinear", antialias=True))
+            return net(images).log_softmax(1).gather(1, labels[:, None])[:, 0]
+        return log_probability
+    function, spec = load_reward(args.reward, ("classifier", "mse")).args
+
+    def by_function(images, labels, truth):
+        scores = checked(lambda completions, prompts: function(images, labels), spec, prompts=labels,
+                         completions=[f"an image of class {y}" for y in labels.tolist()])
+        return torch.tensor(scores, device=labels.device)
+    return by_function
+
+
+# ---- evaluation ----
+def frechet(a, b):
+    """|μ_a - μ_b|² + tr(C_a + C_b - 2·(C_a·C_b)^½) of features (N, D), (M, D): arXiv:1706.08500, eq. 6."""
+    a, b = a.double(), b.double()
+    value, vector = torch.linalg.eigh(a.T.cov())
+    root = vector * value.clamp(min=0).sqrt() @ vector.T
+    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()
+
+
+@torch.no_grad()
+def judged(images, labels, judge):
+    """By a classifier that is no reward: accuracy, Fréchet distance to the training digits; and diversity.
+
+    Diversity is the RMS difference of two images of a class, mean over pairs, then over classes.
+    """
+    spread = [F.pdist(images[labels == c].flatten(1)).mean() for c in labels.unique()]
+    real = (digits(images.shape[-1])[0].to(images.device) + 1) / 2
+    return {"accuracy": (judge(images).argmax(1) == labels).float().mean().item(),
+            "diversity": torch.stack(spread).mean().item() / images[0].numel() ** 0.5,
+            "frechet": frechet(judge.features(images), judge.features(real))}
+
+
+def picture(path, images, rows, gap=False):
+    """Writes a PNG of images (rows · n, 3, H, W) in 0 … 1, a line a row; gap: in the middle of a line."""
+    images = images.float().cpu()
+    zoom = max(1, 32 // images.shape[-1])
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    images = F.pad(images, (2, 2, 2, 2), value=1.0).unflatten(0, (rows, -1))  # (rows, n, 3, H, W)
+    n, width = images.shape[1], images.shape[-1]
+    sheet = images.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, rows · H, n · W)
+    if gap:
+        left, right = sheet.split([n // 2 * width, (n - n // 2) * width], 2)
+        sheet = torch.cat([F.pad(left, (0, width // 2), value=1.0), right], 2)
+    pixels = (sheet * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).numpy()  # = 127.5·x + 128 of x in -1 … 1
+    atomic_write(path, lambda file: Image.fromarray(pixels).save(file, format="png"))
+    return path
+
+
+def report(args, log, steps, found, judge):
+    """On digits the CSV's last row, a table, and a picture: a line a class, on the left before the run."""
+    if found:
+        log.write(step=steps, **found["after"][0])
+        x, y = (part.to(next(judge.parameters()).device) for part in digits(args.image_size, "test"))
+        real = judged((x + 1) / 2, y, judge)
+        print(f"{'':12}{'accuracy':>10}{'diversity':>11}{'Fréchet':>9}")
+        for name, row in {**{name: row for name, (row, _) in found.items()}, "real digits": real}.items():
+            print(f"{name:12}{row['accuracy']:>10.1%}{row['diversity']:>11.3f}{row['frechet']:>9.2f}")
+        both = torch.cat([images.unflatten(0, (10, -1)) for _, images in found.values()], 1).flatten(0, 1)
+        print(f"wrote {picture(Path(args.log).with_suffix('.png'), both, 10, gap=True)}")
+    log.close()
+    print(f"wrote {args.log}" + f" and {args.ckpt_dir}/{steps:07d}" * bool(args.ckpt_every))
