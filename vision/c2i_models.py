@@ -104,6 +104,8 @@ def load_models(args, is_digits, device):
                 return vq.encode(x).flatten(1)  # (N, T)
             fit(args, "gpt", gpt, args.gpt_steps, lambda i: F.cross_entropy(
                 gpt(codes()[i, :-1], y[i]).flatten(0, 1), codes()[i].flatten()))
+        elif dist.rank() == 0:
+            print(f"no --gpt-ckpt: {args.gpt_model}'s weights are random")
     if is_digits:
         net, judge = (build("small", 10, "none") for _ in range(2))
         for name, cnn in (("reward", net), ("judge", judge)):
