@@ -89,5 +89,5 @@ def finite(step, out, **stats):
     values = {name: float(torch.as_tensor(value).detach()) for name, value in stats.items()}
     if not all(math.isfinite(value) for value in values.values()):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        die(f"step {step}: not finite ({shown}). The last good checkpoint stays in {out}: lower --lr, or compute "
-            "in float32.")
+        die(f"step {step}: not finite ({shown}). The last good checkpoint stays in {out}: lower --lr, or "
+            "compute in float32.")
