@@ -33,9 +33,10 @@ LABELS = {  # what a column is and its unit; a column that isn't here is labelle
     "value_clip_frac": "clipped values (share)",
     "explained_variance": "explained variance (share)", "held_out": "held-out loss",
     "loss_char": "loss (nats / character)", "held_out_char": "held-out loss (nats / character)",
-    "accuracy": "pair accuracy (share)", "held_out_accuracy": "held-out pair accuracy (share)",
+    "accuracy": "accuracy (share)", "held_out_accuracy": "held-out pair accuracy (share)",
     "judge_accuracy": "agreement with the judge (share)", "top1": "top-1, held out (share)",
     "top5": "top-5, held out (share)", "iou": "IoU, held out", "dice": "Dice, held out",
+    "diversity": "diversity within a class", "frechet": "Fréchet distance",
     "eval_kl": "KL to π₀, held out (nats)", "entropy_norm": "entropy / log(classes)",
 }
 
