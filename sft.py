@@ -103,6 +103,8 @@ def optimizer_groups(model, weight_decay):
 def main(args):
     # ---- set-up ----
     at_least(args, lr=0.0, dropout=0.0, steps=1, batch_size=1, block_size=8, eval_every=1, warmup=0)
+    if args.dropout >= 1:
+        die(f"--dropout {args.dropout} drops everything: wanted a share below 1")
     device = pick_device(args.device)
     autocast, dtype = pick_autocast(device, args.dtype)
     torch.manual_seed(args.seed)

@@ -203,6 +203,24 @@ def test_a_checkpoint_with_a_part_missing(drop, refused, folder):
     refused(lambda: cli(sample, "--policy", "x.pth"), "x.pth", "python sft.py")
 
 
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+@pytest.mark.parametrize("change", [{"config": {"n_layer": 2}}, {"config": {"layers": 1}},
+                                    {"model": {"wte.weight": torch.zeros(2, 2)}}, {"model": 3}])
+def test_a_checkpoint_that_does_not_fit_itself(kind, change, refused, folder):
+    content = torch.load(tiny() / f"{kind}.pth", weights_only=True)
+    for name, value in change.items():
+        content[name] = {**content[name], **value} if isinstance(value, dict) else value
+    torch.save(content, "x.pth")
+    words = rl("--policy", "x.pth") if kind == "policy" else rl("--reward_model", "x.pth")
+    refused(lambda: cli(train_grpo, *words), "x.pth", "don't fit")
+
+
+def test_numbers_beyond_their_range(refused, folder):
+    refused(lambda: cli(train_grpo, *rl("--seed", 10**13)), "--seed", "wanted 0 to")
+    refused(lambda: cli(train_grpo, *rl("--seed", -1)), "--seed", "wanted 0 to")
+    refused(lambda: cli(sft, "--data", "play", "--dropout", 1.5), "--dropout 1.5", "below 1")
+
+
 def test_missing_checkpoints_name_the_command(refused, folder):
     refused(lambda: cli(train_grpo), "out/sft/policy.pth", "python sft.py")
     refused(lambda: cli(train_ppo), "out/sft/policy.pth", "python sft.py")

@@ -52,9 +52,19 @@ def load(path, kind, made_by, wanted=("config", "tokenizer", "model")):
 def load_policy(path, device="cpu", made_by="python sft.py"):
     """-> (GPT in eval mode, tokenizer); a script that wants dropout in training switches it on again."""
     content = load(path, "policy", made_by)
-    model = GPT(GPTConfig(**content["config"]))
-    model.load_state_dict(content["model"])
+    model = build(path, content, lambda: GPT(GPTConfig(**content["config"])), made_by)
     return model.to(device).eval(), Tokenizer.load(content["tokenizer"])
+
+
+def build(path, content, make, made_by):
+    """make() filled with the file's weights; a file whose config and weights don't fit is refused."""
+    try:
+        model = make()
+        model.load_state_dict(content["model"])
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+        die(f"{path}: its config and its weights don't fit ({str(error).splitlines()[0]}): make it again with "
+            f"`{made_by}`")
+    return model
 
 
 def same_tokenizer(path, content, tokenizer, policy_path):

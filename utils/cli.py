@@ -36,7 +36,10 @@ def parse(args_class, presets=None):
                 del argv[i:i + (1 if "=" in word else 2)]
                 default = presets[name]
                 break
-    return tyro.cli(args_class, args=argv, default=default, description=description)
+    args = tyro.cli(args_class, args=argv, default=default, description=description)
+    if not 0 <= getattr(args, "seed", 0) <= 10**12:  # a million steps' generators must fit 64 bits
+        die(f"--seed {args.seed}: wanted 0 to {10**12:,}")
+    return args
 
 
 def at_least(args, **least):
