@@ -96,8 +96,8 @@ class RewardModel(nn.Module):
 def load_reward_model(path, device="cpu"):
     """-> (RewardModel in eval mode, the checkpoint's content)."""
     content = checkpoint.load(path, "reward", MADE_BY)
-    model = checkpoint.build(path, content, lambda: RewardModel(GPTConfig(**content["config"]), content["pool"]),
-                             MADE_BY)
+    model = checkpoint.build(
+        path, content, lambda: RewardModel(GPTConfig(**content["config"]), content["pool"]), MADE_BY)
     return model.to(device).eval(), content
 
 

@@ -62,8 +62,8 @@ def build(path, content, make, made_by):
         model = make()
         model.load_state_dict(content["model"])
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-        die(f"{path}: its config and its weights don't fit ({str(error).splitlines()[0]}): make it again with "
-            f"`{made_by}`")
+        die(f"{path}: its config and its weights don't fit ({str(error).splitlines()[0]}): make it again "
+            f"with `{made_by}`")
     return model
 
 
