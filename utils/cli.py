@@ -36,7 +36,8 @@ def parse(args_class, presets=None):
                 del argv[i:i + (1 if "=" in word else 2)]
                 default = presets[name]
                 break
-    args = tyro.cli(args_class, args=argv, default=default, description=description)
+    prog = shlex.join(command()[:len(command()) - len(sys.argv) + 1])  # python sft.py, python -m vision.exact
+    args = tyro.cli(args_class, prog=prog, args=argv, default=default, description=description)
     if not 0 <= getattr(args, "seed", 0) <= 10**12:  # a million steps' generators must fit 64 bits
         die(f"--seed {args.seed}: wanted 0 to {10**12:,}")
     return args
