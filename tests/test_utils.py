@@ -117,7 +117,12 @@ def test_budgets():
     over = {name: n for name, n in length.items()
             if n > (150 if name in small else 300) and not name.startswith("utils/")}
     assert not over
-    assert sum(length.values()) <= 7000  # DESIGN.md says 5,500: six issues of files at 300 each don't fit it
+
+
+@pytest.mark.xfail(strict=True, reason="over DESIGN.md's total since the vision scripts came: a known defect")
+def test_the_total_budget():
+    code = [p for p in sources() if p.parent.name not in ("tests", "benchmarks")]
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in code) <= 5500
 
 
 def test_files_open_with_what_they_are_and_how_to_run_them():
