@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from utils.cli import atomic_write, die, need
 
@@ -40,19 +41,19 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, attn_mask=None, cache=None, t0=0):
+    def forward(self, x, attn_mask=None, cache=None, slots=None):
         N, T, C = x.shape
         qkv = self.c_attn(x).view(N, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
-        if cache is not None:
-            cache[0][:, :, t0:t0 + T], cache[1][:, :, t0:t0 + T] = k, v
-            k, v = cache[0][:, :, :t0 + T], cache[1][:, :, :t0 + T]
         dropout = self.dropout if self.training else 0.0
-        if cache is None and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        if slots is not None:
+            y = group_attention(q, k, v, attn_mask, cache, slots)
+        elif q.dtype == torch.bfloat16 and q.device.type == "cpu":
             y = plain_attention(q, k, v, attn_mask, dropout)
         else:
-            causal = attn_mask is None and T > 1
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=causal)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=attn_mask is None)
+        if cache is not None and slots is None:
+            cache[:] = k, v
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(N, T, C)), dropout)
 
 
@@ -63,6 +64,28 @@ def plain_attention(q, k, v, attn_mask, dropout):
     weights = (q @ k.transpose(2, 3)) * q.shape[3] ** -0.5  # (N, heads, T, T)
     weights = weights.masked_fill(~attn_mask, -torch.inf).softmax(-1).to(v.dtype)
     return F.dropout(weights, dropout) @ v
+
+
+def group_attention(q, k, v, attn_mask, cache, slots):
+    """Attention of G answers to their prompt, whose keys and values the group holds once, and to themselves.
+
+    q, k, v (B·G, heads, T, d) of the answers' tokens; cache: the prompt's keys and values (B, heads, P, d) and,
+    when decoding, buffers for the answers' own (B, heads, G, S, d), whose `slots` are written here.
+    """
+    (B, _, P, d), (_, _, T, _) = cache[0].shape, q.shape
+    q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, G, T, d)
+    if len(cache) == 4:
+        for buffer, new in zip(cache[2:], (k, v)):
+            buffer[:, :, :, slots] = new
+        end = slots.stop if isinstance(slots, slice) else None  # static shapes see all, the mask hides the rest
+        k, v = (buffer[:, :, :, :end] for buffer in cache[2:])
+    to_prompt = (q.flatten(2, 3) @ cache[0].transpose(2, 3)).unflatten(2, (-1, T))
+    weights = torch.cat([to_prompt, q @ k.transpose(3, 4)], -1) * d ** -0.5  # (B, heads, G, T, P + S)
+    if attn_mask is not None:
+        weights = weights.masked_fill(~attn_mask[:, :, None], -torch.inf)
+    weights = weights.softmax(-1).to(v.dtype)
+    y = (weights[..., :P].flatten(2, 3) @ cache[1]).unflatten(2, (-1, T)) + weights[..., P:] @ v
+    return y.transpose(1, 2).flatten(0, 1)  # (B·G, heads, T, d)
 
 
 class MLP(nn.Module):
@@ -85,8 +108,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, attn_mask=None, cache=None, t0=0):
-        x = x + self.attn(self.ln_1(x), attn_mask, cache, t0)
+    def forward(self, x, attn_mask=None, cache=None, slots=None):
+        x = x + self.attn(self.ln_1(x), attn_mask, cache, slots)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -94,6 +117,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # True: activations are computed again in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: tied
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -111,24 +135,34 @@ class GPT(nn.Module):
         """tokens (N, T) at positions t0 … t0 + T - 1 -> last hidden states (N, T, C).
 
         pad (N,): how many tokens on the left of each row are padding; they are never attended to.
-        cache: per layer a pair (N, heads, S, head_dim) of keys and values, already filled up to t0;
-        those of `tokens` are written behind. S is at least t0 + T.
+        cache: a list a layer. Tokens at t0 = 0 leave their keys and values there; later ones are of G answers
+        to each of those prompts, side by side, and attend to them too (pad is then that of the B prompts).
+        t0 is a tensor where shapes must not change from token to token (--compile).
         """
-        T, S = tokens.shape[1], t0 + tokens.shape[1]
+        T, static = tokens.shape[1], isinstance(t0, torch.Tensor)
+        slots, S = None, T
+        if static:
+            P, S = cache[0][0].shape[2], cache[0][0].shape[2] + cache[0][2].shape[3]
+        elif t0:
+            P, S = cache[0][0].shape[2], t0 + T
+            slots = slice(t0 - P, S - P)
         if S > self.config.block_size:
             raise ValueError(f"{S} tokens don't fit the context of {self.config.block_size} (block_size)")
-        position = torch.arange(t0, S, device=tokens.device)
+        position = t0 + torch.arange(T, device=tokens.device)
+        slots = position - P if static else slots
         attn_mask = None  # causal
-        if pad is not None or (t0 and T > 1):
+        if pad is not None or static or (t0 and T > 1):
             pad = tokens.new_zeros(1) if pad is None else pad
             key = torch.arange(S, device=tokens.device)
             seen = (key >= pad[:, None, None]) & (key <= position[:, None])
             # padding sees itself: a softmax over nothing would be NaN
-            attn_mask = (seen | (key == position[:, None]))[:, None]  # (N or 1, 1, T, S)
+            attn_mask = (seen | (key == position[:, None]))[:, None]  # (B or 1, 1, T, S)
             position = (position - pad[:, None]).clamp(min=0)
+            position = position.repeat_interleave(len(tokens) // len(pad), 0)
         x = F.dropout(self.wte(tokens) + self.wpe(position), self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, attn_mask, None if cache is None else cache[i], t0)
+            args = x, attn_mask, None if cache is None else cache[i], slots
+            x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -138,28 +172,45 @@ class GPT(nn.Module):
         """tokens (N, T) -> logits (N, T, V) of the next token."""
         return self.logits(self.hidden(tokens, pad))
 
-    def score(self, tokens, prompt_len, temperature=1.0, pad=None):
+    def score(self, tokens, prompt_len, temperature=1.0, pad=None, group_size=1):
         """Log-probability and full-softmax entropy of the answer: tokens (N, P + T) -> two float32 (N, T).
 
-        Only the last T positions meet the output head. The entropy carries no gradient.
+        Only the last T positions meet the output head. The entropy carries no gradient. group_size G > 1: rows
+        are G answers to each prompt, side by side, and the prompt is read once for its group.
         """
-        logits = self.logits(self.hidden(tokens[:, :-1], pad)[:, prompt_len - 1:])
-        logits = logits.float() / temperature  # (N, T, V)
+        if group_size == 1:
+            hidden = self.hidden(tokens[:, :-1], pad)[:, prompt_len - 1:]
+        else:
+            cache, pad = [[] for _ in self.h], None if pad is None else pad[::group_size]
+            first = self.hidden(tokens[::group_size, :prompt_len], pad, cache)[:, -1:]
+            rest = self.hidden(tokens[:, prompt_len:-1], pad, cache, prompt_len)
+            hidden = torch.cat([first.repeat_interleave(group_size, 0), rest], 1)
+        logits = self.logits(hidden).float() / temperature  # (N, T, V)
         logp = -F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_len:].flatten(), reduction="none")
         with torch.no_grad():
             entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
         return logp.view_as(entropy), entropy
 
+    def draw(self, hidden, uniform, temperature=1.0, top_k=0, top_p=1.0):
+        """Last hidden states (N, C) and uniforms (N,) -> the next tokens (N,) and their log-probabilities."""
+        dist = sampling_logp(self.logits(hidden).float() / temperature, top_k, top_p)  # (N, V)
+        action = inverse_cdf(dist, uniform)
+        return action, dist.gather(1, action[:, None])[:, 0]
+
+    def next_token(self, token, t0, pad, cache, *how):
+        """Reads tokens (N, 1) at position t0 and draws the ones behind them: as `draw`."""
+        return self.draw(self.hidden(token, pad, cache, t0)[:, -1], *how)
+
     @torch.no_grad()
     def generate(self, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top_p=1.0, stop=(),
-                 generator=None, uniforms=None, pad=None):
+                 generator=None, uniforms=None, pad=None, compiled=None):
         """G answers to each of B prompts: (B, P) -> tokens (B·G, P + T), logp and mask (B·G, T); T = max_new.
 
         stop: token sequences that end an answer; they are part of it (mask is True) and what follows is not.
-        Each prompt is prefilled once, its keys and values copied to its group. The draw is inverse-CDF: the
-        first token whose cumulative probability exceeds a number of uniforms (B·G, T), which come from
-        `generator` unless given.
+        Each prompt is read once for its group. The draw is inverse-CDF: the first token whose cumulative
+        probability exceeds a number of uniforms (B·G, T), which come from `generator` unless given.
         logp is that of the distribution sampled from: temperature, then top_k, then top_p.
+        compiled: next_token, compiled (utils.device.compiled).
         """
         (B, P), device, N = prompt.shape, prompt.device, prompt.shape[0] * group_size
         if P + max_new > self.config.block_size:
@@ -167,31 +218,32 @@ class GPT(nn.Module):
                              f"{self.config.block_size} (block_size)")
         if uniforms is None:
             uniforms = torch.rand(N, max_new, generator=generator).to(device)
-        shape = (self.config.n_head, P + max_new, self.config.n_embd // self.config.n_head)
-        dtype = self.wte.weight.dtype
-        small = [[torch.empty(B, *shape, dtype=dtype, device=device) for _ in "kv"] for _ in self.h]
-        hidden = self.hidden(prompt, pad, small)[:, -1]
-        cache = [[x.repeat_interleave(group_size, 0) for x in layer] for layer in small]
-        hidden, prompt = hidden.repeat_interleave(group_size, 0), prompt.repeat_interleave(group_size, 0)
-        pad = None if pad is None else pad.repeat_interleave(group_size, 0)
-
-        tokens = torch.cat([prompt, prompt.new_zeros(N, max_new)], dim=1)  # (N, P + T)
+        cache = [[] for _ in self.h]
+        hidden = self.hidden(prompt, pad, cache)[:, -1].repeat_interleave(group_size, 0)
+        for layer in cache:
+            k = layer[0]  # (B, heads, P, head_dim)
+            layer += [k.new_zeros(B, k.shape[1], group_size, max_new, k.shape[3]) for _ in "kv"]
+        tokens = torch.cat([prompt.repeat_interleave(group_size, 0), prompt.new_zeros(N, max_new)], dim=1)
         logp = torch.zeros(N, max_new, device=device)
         mask = torch.zeros(N, max_new, dtype=torch.bool, device=device)
         alive = torch.ones(N, dtype=torch.bool, device=device)
+        position = torch.arange(P + max_new, device=device) if compiled else range(P + max_new)
+        step = compiled or self.next_token
         for t in range(max_new):
-            dist = sampling_logp(self.logits(hidden).float() / temperature, top_k, top_p)  # (N, V)
-            action = inverse_cdf(dist, uniforms[:, t])
-            logp[:, t] = dist.gather(1, action[:, None])[:, 0]
+            how = uniforms[:, t], temperature, top_k, top_p
+            if t == 0:
+                action, logp[:, t] = self.draw(hidden, *how)
+            else:
+                action, logp[:, t] = step(tokens[:, P + t - 1:P + t], position[P + t - 1], pad, cache, *how)
             tokens[:, P + t] = action
             mask[:, t] = alive
             for sequence in stop:
                 if t + 1 >= len(sequence):
                     tail = tokens[:, P + t + 1 - len(sequence):P + t + 1]
                     alive = alive & ~(tail == tail.new_tensor(sequence)).all(1)
-            if t + 1 == max_new or (stop and not alive.any()):
+            look = device.type == "cpu" or t % 8 == 7  # a GPU's answer has to be waited for
+            if stop and look and not alive.any():
                 break
-            hidden = self.hidden(tokens[:, P + t:P + t + 1], pad, cache, P + t)[:, -1]
         return tokens, logp * mask, mask
 
     @staticmethod

@@ -4,7 +4,7 @@ Next-token cross-entropy on random windows, nanoGPT's recipe (github.com/karpath
 cosine decay. The weights of the best held-out loss are kept. Losses are logged per token and per character,
 so that tokenizers compare.
 Left out: several documents, packing, gradient accumulation.
-Run: python sft.py
+Run: python sft.py (several processes: torchrun --nproc_per_node=2 sft.py)
 """
 import math
 import time
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, SIZES, GPTConfig
-from utils import checkpoint
+from utils import checkpoint, ranks
 from utils.cli import Interrupt, at_least, die, parse, resume_command
-from utils.device import peak_mem_mb, pick_autocast, pick_device, write_run_record
+from utils.device import peak_mem_mb, pick_autocast, write_run_record
 from utils.log import SHARED, Log
 from utils.task import Prompts, sample_texts, step_generator
 from utils.text import heading_prompts, load_corpus, split
@@ -105,7 +105,7 @@ def main(args):
     at_least(args, lr=0.0, dropout=0.0, steps=1, batch_size=1, block_size=8, eval_every=1, warmup=0)
     if args.dropout >= 1:
         die(f"--dropout {args.dropout} drops everything: wanted a share below 1")
-    device = pick_device(args.device)
+    device, mine = ranks.start(args.device), ranks.share(args.batch_size, "--batch_size")
     autocast, dtype = pick_autocast(device, args.dtype)
     torch.manual_seed(args.seed)
     text, source = load_corpus(args.data)
@@ -128,8 +128,7 @@ def main(args):
     start, seconds, best = 0, 0.0, math.inf
     if args.resume:
         state = checkpoint.load_state(f"{args.out}/state.pth", args, "python sft.py")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore(state, args.out, model=model, optimizer=optimizer)
         start, seconds, best = state["step"], state["seconds"], state["best"]
     write_run_record(args.log, args, device=str(device), dtype=dtype, corpus=source,
                      parameters=sum(p.numel() for p in model.parameters()))
@@ -167,11 +166,14 @@ def main(args):
         starts = torch.randint(len(train) - args.block_size - 1, (args.batch_size,),
                                generator=step_generator(args.seed, step))
         x, y = windows(train, starts, args.block_size)
-        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout's masks, so that a resume draws the same
+        # dropout's masks, so that a resume draws the same
+        torch.manual_seed(args.seed * 1_000_003 + step + ranks.rank() * 10**15)
         with autocast():
-            logits = model(x.to(device))
-        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten().to(device))
+            logits = model(x[mine].to(device))
+        loss = F.cross_entropy(logits.float().flatten(0, 1), y[mine].flatten().to(device)) / ranks.world()
         loss.backward()
+        ranks.add_gradients(model)
+        loss = ranks.total({"loss": loss.detach()})["loss"]
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm)
         optimizer.step()
@@ -200,8 +202,10 @@ def main(args):
         print(f"\n{prompt.splitlines()[-1]}\n{answer}")
     print(f"\nbest held-out loss {best:.4f} nats a token, {best / chars_per_token[1]:.4f} a character, "
           f"{seconds:.0f} s; wrote {args.out}/policy.pth and {args.log}")
+    ranks.stop()
     return best / chars_per_token[1]
 
 
 if __name__ == "__main__":
-    main(parse(Args, PRESETS))
+    with ranks.one_voice():
+        main(parse(Args, PRESETS))

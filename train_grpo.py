@@ -1,8 +1,8 @@
 """GRPO on text: π₀ answers each prompt G times, and the group's own mean is the baseline (arXiv:2402.03300).
 
 The same banners in the same order as train_ppo.py: the diff between the two files is the lesson.
-Left out: several processes, filtering of groups (DAPO's dynamic sampling), a reference that moves.
-Run: python train_grpo.py
+Left out: filtering of groups (DAPO's dynamic sampling), a reference that moves.
+Run: python train_grpo.py (several processes: torchrun --nproc_per_node=2 train_grpo.py)
 """
 import copy
 import time
@@ -14,10 +14,10 @@ import utils  # before torch: it sets how OpenMP's threads wait
 import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from utils import checkpoint
+from utils import checkpoint, ranks
 from utils.cli import Interrupt, at_least, die, parse, resume_command
-from utils.device import peak_mem_mb, pick_autocast, pick_device, write_run_record
-from utils.log import SHARED, Log
+from utils.device import compiled, peak_mem_mb, pick_autocast, write_run_record
+from utils.log import SHARED, Log, add
 from utils.rewards import JUDGES, distinct
 from utils.task import load_prompts, load_scorer, step_generator
 from utils.text import completions
@@ -49,6 +49,10 @@ class Args:
     eval_every: int = 20
     eval_prompts: int = 64  # held-out ones
     save_every: int = 20
+    share_prompt: Literal["auto", "yes", "no"] = "auto"  # read a group's prompt once; auto: if it is long
+    micro_batch: int = 0  # prompts a backward pass, with all their answers; 0: all. Changes memory, not results
+    grad_checkpoint: bool = False  # less memory, one more forward pass
+    compile: bool = False  # decode and update; takes a minute first
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update; sampling is float32
     seed: int = 0
@@ -62,7 +66,7 @@ def main(args):
     # ---- set-up ----
     at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3,
              epochs_per_rollout=1, minibatches=1, beta=0.0, lr=0.0, steps=1, eval_every=1,
-             eval_prompts=1, save_every=1)
+             eval_prompts=1, save_every=1, micro_batch=0)
     B, G = args.prompts_per_step, args.group_size
     objective = OBJECTIVES[args.objective]
     if args.beta is not None:
@@ -75,7 +79,7 @@ def main(args):
             "wanted 1 epoch and 1 minibatch")
     if B % args.minibatches:
         die(f"--minibatches {args.minibatches} doesn't divide --prompts_per_step {B}")
-    device = pick_device(args.device)
+    device, mine = ranks.start(args.device), ranks.share(B, "--prompts_per_step")
     autocast, dtype = pick_autocast(device, args.dtype)
     torch.manual_seed(args.seed)
     policy, tokenizer = checkpoint.load_policy(args.policy, device)
@@ -91,24 +95,30 @@ def main(args):
     start, seconds, samples, tokens_seen = 0, 0.0, 0, 0
     if args.resume:
         state = checkpoint.load_state(f"{args.out}/state.pth", args, "python train_grpo.py")
-        policy.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore(state, args.out, model=policy, optimizer=optimizer)
         start, seconds, samples, tokens_seen = (state[k] for k in ("step", "seconds", "samples", "tokens"))
     write_run_record(args.log, args, device=str(device), dtype=dtype, objective=asdict(objective))
     log = Log(args.log, COLUMNS, args.steps, start, args.track, asdict(args))
     interrupt = Interrupt()
+    policy.checkpointing = args.grad_checkpoint
+    shared = G if args.share_prompt == "yes" or args.share_prompt == "auto" and 2 * P >= T else 1
+    fast = {"step": compiled(policy.next_token, device), "score": compiled(policy.score, device),
+            "ref": compiled(ref.score, device)} if args.compile else {}
+    score_policy, score_ref = fast.get("score", policy.score), fast.get("ref", ref.score)
 
-    def sample(asked, group_size, generator):
+    def sample(asked, group_size, uniforms, step=None):
         """Answers in float32: tokens (N, P + T), logp (N, T), mask (N, T), and their texts."""
         pad = None if asked.pad is None else asked.pad.to(device)
-        tokens, logp, mask = policy.generate(asked.tokens.to(device), T, group_size, args.temperature,
-                                             stop=tokenizer.stops, generator=generator, pad=pad)
+        tokens, logp, mask = policy.generate(
+            asked.tokens.to(device), T, group_size, args.temperature, stop=tokenizer.stops,
+            uniforms=uniforms.to(device), pad=pad, compiled=step)
         return tokens, logp, mask, completions(tokens[:, P:], mask, tokenizer)
 
     def evaluate():
         """Mean reward and gold score of one answer each to held-out prompts, always the same draws."""
         asked = held_out.pick(torch.arange(len(held_out.texts))[:args.eval_prompts])
-        tokens, _, mask, texts = sample(asked, 1, step_generator(args.seed, 10**6))
+        uniforms = torch.rand(len(asked.texts), T, generator=step_generator(args.seed, 10**6))
+        tokens, _, mask, texts = sample(asked, 1, uniforms)
         return score(tokens, mask, asked, texts).mean(), JUDGES[args.gold](texts, asked.texts)
 
     def save(step):
@@ -127,68 +137,75 @@ def main(args):
             row["eval_gold"] = sum(gold) / len(gold)
         clock = time.perf_counter()
 
-        # ---- rollout: G answers to each of B prompts ----
+        # ---- rollout: G answers to each of B prompts, of which `mine` are this process's ----
         generator = step_generator(args.seed, step)
         index = torch.randperm(len(prompts.texts), generator=generator)[:B]
         if len(index) < B:
             index = torch.randint(len(prompts.texts), (B,), generator=generator)
-        asked, asked_each = prompts.pick(index), prompts.pick(index, G)
-        tokens, logp_old, mask, texts = sample(asked, G, generator)
-        length = int(mask.any(0).sum())  # nothing was sampled behind the longest answer
+        uniforms = torch.rand(B, G, T, generator=generator)[mine].flatten(0, 1)
+        asked, asked_each = prompts.pick(index[mine]), prompts.pick(index[mine], G)
+        tokens, logp_old, mask, texts = sample(asked, G, uniforms, fast.get("step"))
+        length = T if fast else max(ranks.gather([int(mask.any(0).sum())]))  # nothing lies behind the longest
         tokens, logp_old, mask = tokens[:, :P + length], logp_old[:, :length], mask[:, :length]
         pad = None if asked_each.pad is None else asked_each.pad.to(device)
-        mask = mask.view(B, G, length)
 
         # ---- reward ----
-        reward = score(tokens, mask.flatten(0, 1), asked_each, texts).view(B, G)
+        reward = ranks.gather(score(tokens, mask, asked_each, texts).view(-1, G))  # (B, G)
 
         # ---- advantage: what the group's mean says ----
-        adv = group_advantage(reward, objective.baseline, objective.scale).to(device)
+        adv_all = group_advantage(reward, objective.baseline, objective.scale).to(device)
+        adv, mask_all = adv_all[mine], ranks.gather(mask.view(-1, G, length))
+        mask = mask_all[mine]
 
         # ---- old and reference log-probabilities ----
-        with torch.no_grad(), autocast():
-            logp_ref, _ = ref.score(tokens, P, args.temperature, pad)
+        def scored(by, part):
+            """Log-probability and entropy, (b, G, T) each, of the answers to the prompts `part`."""
+            rows = (part[:, None] * G + torch.arange(G)).flatten()
+            with autocast():
+                found = by(tokens[rows], P, args.temperature, None if pad is None else pad[rows], shared)
+            return [x.view(-1, G, length) for x in found]
+        mine_in_parts = torch.arange(len(mask)).split(args.micro_batch or B)
+        with torch.no_grad():
+            logp_ref = torch.cat([scored(score_ref, part)[0] for part in mine_in_parts])
+            logp_old = logp_old.view(-1, G, length)
             if updates > 1 and dtype != "fp32":  # in float32 the sampler's own are these to 1e-5
-                logp_old, _ = policy.score(tokens, P, args.temperature, pad)
-        logp_ref, logp_old = logp_ref.view(B, G, length), logp_old.view(B, G, length)
+                logp_old = torch.cat([scored(score_policy, part)[0] for part in mine_in_parts])
 
-        # ---- update ----
+        # ---- update: losses of micro-batches and processes add up, the denominators are those of all ----
         sums = {}
         for epoch in range(args.epochs_per_rollout):
-            for part in torch.randperm(B, generator=generator).chunk(args.minibatches):
-                rows = (part[:, None] * G + torch.arange(G)).flatten()
-                part = part.to(device)
-                pads = None if pad is None else pad[rows]
-                with autocast():
-                    logp, entropy = policy.score(tokens[rows], P, args.temperature, pads)
-                logp = logp.view(-1, G, length)
-                old = logp.detach() if updates == 1 else logp_old[part]
-                loss, stats = grpo_loss(logp, old, logp_ref[part], adv[part], mask[part], objective,
-                                        max_len=T)
-                loss.backward()
+            for batch in torch.randperm(B, generator=generator).chunk(args.minibatches):
+                n_tokens, losses = mask_all[batch].sum(), {}
+                for part in ranks.local(batch, mine, args.micro_batch):
+                    logp, entropy = scored(score_policy, part)
+                    m, old = mask[part], logp.detach() if updates == 1 else logp_old[part]
+                    loss, stats = grpo_loss(logp, old, logp_ref[part], adv[part], m, objective, max_len=T,
+                                            n_tokens=n_tokens, n_answers=len(batch) * G)
+                    loss.backward()
+                    add(losses, {"loss": loss.detach()})
+                    add(sums, stats | {"entropy": entropy[m].mean(), "ref_logp": logp_ref[part][m].mean()},
+                        m.sum() / n_tokens / updates)
+                ranks.add_gradients(policy)
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
-                checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm, **stats)
+                checkpoint.finite(step, args.out, grad_norm=grad_norm, **losses)
                 optimizer.step()
                 optimizer.zero_grad()
-                stats |= {"loss": loss.detach(), "grad_norm": grad_norm,
-                          "entropy": entropy[mask[part].flatten(0, 1)].mean()}
-                ratio_max = max(sums.get("ratio_max", 0.0), stats.pop("ratio_max").item())
-                sums = {k: sums.get(k, 0.0) + v.item() / updates for k, v in stats.items()}
-                sums["ratio_max"] = ratio_max
+                add(sums, losses, 1 / updates)
+                add(sums, {"grad_norm": grad_norm}, 1 / updates / ranks.world())
 
         # ---- log ----
         elapsed = time.perf_counter() - clock
-        new_tokens = int(mask.sum())
+        new_tokens, texts = int(mask_all.sum()), ranks.gather(texts)
         seconds, samples, tokens_seen = seconds + elapsed, samples + B * G, tokens_seen + new_tokens
-        gold = JUDGES[args.gold](texts, asked_each.texts)
+        gold = JUDGES[args.gold](texts, prompts.pick(index, G).texts)
         frac_zero_std = None if G == 1 else (reward == reward[:, :1]).all(1).float().mean()
+        sums = ranks.total(sums)
         sums.pop("pg_loss")
-        log.write(step=step, mean_r=reward.mean(), token_adv=adv.abs().mean(), samples=samples,
+        log.write(step=step, mean_r=reward.mean(), token_adv=adv_all.abs().mean(), samples=samples,
                   tokens=tokens_seen, seconds=seconds, gold=sum(gold) / len(gold),
                   length=new_tokens / (B * G), distinct=distinct(texts), frac_zero_std=frac_zero_std,
-                  ref_logp=logp_ref[mask].mean(), tokens_per_s=new_tokens / elapsed,
-                  peak_mem_mb=peak_mem_mb(device), **sums, **row)
-        if interrupt.asked:
+                  tokens_per_s=new_tokens / elapsed, peak_mem_mb=peak_mem_mb(device), **sums, **row)
+        if max(ranks.gather([interrupt.asked])):
             save(step + 1)
             log.close()
             interrupt.leave(resume_command())
@@ -197,7 +214,9 @@ def main(args):
     eval_r, gold = evaluate()
     print(f"{args.objective}: {args.steps} steps, {seconds:.0f} s; held-out reward {eval_r:.2f}, {args.gold} "
           f"{sum(gold) / len(gold):.2f}; wrote {args.log} and {args.out}/policy.pth")
+    ranks.stop()
 
 
 if __name__ == "__main__":
-    main(parse(Args))
+    with ranks.one_voice():
+        main(parse(Args))

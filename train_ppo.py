@@ -2,8 +2,8 @@
 
 The same banners in the same order as train_grpo.py: the diff between the two files is the lesson. Rollouts,
 reward, KL column and number of samples are GRPO's. arXiv:1707.06347; on text: InstructGPT, arXiv:2203.02155.
-Left out: several processes, adaptive KL, a trunk shared by policy and critic.
-Run: python train_ppo.py
+Left out: adaptive KL, a trunk shared by policy and critic.
+Run: python train_ppo.py (several processes: torchrun --nproc_per_node=2 train_ppo.py)
 """
 import copy
 import time
@@ -15,11 +15,11 @@ import utils  # before torch: it sets how OpenMP's threads wait
 import torch
 
 from grpo import kl_penalty
-from ppo import ValueModel, gae, masked_mean, ppo_policy_loss, value_loss, whiten
-from utils import checkpoint
+from ppo import ValueModel, explained_variance, gae, masked_mean, ppo_policy_loss, value_loss, whiten
+from utils import checkpoint, ranks
 from utils.cli import Interrupt, at_least, die, parse, resume_command
-from utils.device import peak_mem_mb, pick_autocast, pick_device, write_run_record
-from utils.log import SHARED, Log
+from utils.device import compiled, peak_mem_mb, pick_autocast, write_run_record
+from utils.log import SHARED, Log, add
 from utils.rewards import JUDGES, distinct
 from utils.task import load_prompts, load_scorer, step_generator
 from utils.text import completions
@@ -56,6 +56,9 @@ class Args:
     eval_every: int = 20
     eval_prompts: int = 64  # held-out ones
     save_every: int = 20
+    micro_batch: int = 0  # answers a backward pass; 0: a whole minibatch. Changes memory, not results
+    grad_checkpoint: bool = False  # less memory, one more forward pass
+    compile: bool = False  # decode and update; takes a minute first
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update; sampling is float32
     seed: int = 0
@@ -69,12 +72,13 @@ def main(args):
     # ---- set-up ----
     at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3,
              epochs_per_rollout=1, minibatches=1, beta=0.0, lr=0.0, value_lr=0.0, steps=1,
-             eval_every=1, eval_prompts=1, save_every=1)
+             eval_every=1, eval_prompts=1, save_every=1, micro_batch=0)
     B, G = args.prompts_per_step, args.group_size
     updates = args.epochs_per_rollout * args.minibatches
     if B * G % args.minibatches:
         die(f"--minibatches {args.minibatches} doesn't divide the {B * G} answers of a step")
-    device = pick_device(args.device)
+    device, mine = ranks.start(args.device), ranks.share(B, "--prompts_per_step")
+    mine_rows = slice(mine.start * G, mine.stop * G)
     autocast, dtype = pick_autocast(device, args.dtype)
     torch.manual_seed(args.seed)
     policy, tokenizer = checkpoint.load_policy(args.policy, device)
@@ -93,25 +97,30 @@ def main(args):
     start, seconds, samples, tokens_seen = 0, 0.0, 0, 0
     if args.resume:
         state = checkpoint.load_state(f"{args.out}/state.pth", args, "python train_ppo.py")
-        policy.load_state_dict(state["model"])
-        critic.load_state_dict(state["critic"])
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore(state, args.out, model=policy, critic=critic, optimizer=optimizer)
         start, seconds, samples, tokens_seen = (state[k] for k in ("step", "seconds", "samples", "tokens"))
     write_run_record(args.log, args, device=str(device), dtype=dtype)
     log = Log(args.log, COLUMNS, args.steps, start, args.track, asdict(args))
     interrupt = Interrupt()
 
-    def sample(asked, group_size, generator):
+    policy.checkpointing = critic.trunk.checkpointing = args.grad_checkpoint
+    fast = {"step": compiled(policy.next_token, device), "score": compiled(policy.score, device),
+            "ref": compiled(ref.score, device)} if args.compile else {}
+    score_policy, score_ref = fast.get("score", policy.score), fast.get("ref", ref.score)
+
+    def sample(asked, group_size, uniforms, step=None):
         """Answers in float32: tokens (N, P + T), logp (N, T), mask (N, T), and their texts."""
         pad = None if asked.pad is None else asked.pad.to(device)
-        tokens, logp, mask = policy.generate(asked.tokens.to(device), T, group_size, args.temperature,
-                                             stop=tokenizer.stops, generator=generator, pad=pad)
+        tokens, logp, mask = policy.generate(
+            asked.tokens.to(device), T, group_size, args.temperature, stop=tokenizer.stops,
+            uniforms=uniforms.to(device), pad=pad, compiled=step)
         return tokens, logp, mask, completions(tokens[:, P:], mask, tokenizer)
 
     def evaluate():
         """Mean reward and gold score of one answer each to held-out prompts, always the same draws."""
         asked = held_out.pick(torch.arange(len(held_out.texts))[:args.eval_prompts])
-        tokens, _, mask, texts = sample(asked, 1, step_generator(args.seed, 10**6))
+        uniforms = torch.rand(len(asked.texts), T, generator=step_generator(args.seed, 10**6))
+        tokens, _, mask, texts = sample(asked, 1, uniforms)
         return score(tokens, mask, asked, texts).mean(), JUDGES[args.gold](texts, asked.texts)
 
     def save(step):
@@ -130,14 +139,15 @@ def main(args):
             row["eval_gold"] = sum(gold) / len(gold)
         clock = time.perf_counter()
 
-        # ---- rollout: G answers to each of B prompts ----
+        # ---- rollout: G answers to each of B prompts, of which `mine` are this process's ----
         generator = step_generator(args.seed, step)
         index = torch.randperm(len(prompts.texts), generator=generator)[:B]
         if len(index) < B:
             index = torch.randint(len(prompts.texts), (B,), generator=generator)
-        asked, asked_each = prompts.pick(index), prompts.pick(index, G)
-        tokens, logp_old, mask, texts = sample(asked, G, generator)
-        length = int(mask.any(0).sum())  # nothing was sampled behind the longest answer
+        uniforms = torch.rand(B, G, T, generator=generator)[mine].flatten(0, 1)
+        asked, asked_each = prompts.pick(index[mine]), prompts.pick(index[mine], G)
+        tokens, logp_old, mask, texts = sample(asked, G, uniforms, fast.get("step"))
+        length = T if fast else max(ranks.gather([int(mask.any(0).sum())]))  # nothing lies behind the longest
         tokens, logp_old, mask = tokens[:, :P + length], logp_old[:, :length], mask[:, :length]
         pad = None if asked_each.pad is None else asked_each.pad.to(device)
 
@@ -145,57 +155,71 @@ def main(args):
         reward = score(tokens, mask, asked_each, texts)  # (N,)
 
         # ---- old and reference log-probabilities, and the values ----
+        rows_each = torch.arange(len(mask)).split(args.micro_batch or B * G)
+
+        def pads(rows):
+            return None if pad is None else pad[rows]
         with torch.no_grad(), autocast():
-            logp_ref, _ = ref.score(tokens, P, args.temperature, pad)
+            logp_ref = torch.cat([score_ref(tokens[r], P, args.temperature, pads(r))[0] for r in rows_each])
             if dtype != "fp32":  # in float32 the sampler's own are these to 1e-5
-                logp_old, _ = policy.score(tokens, P, args.temperature, pad)
-            value_old = critic(tokens[:, :-1], pad)[:, P - 1:]  # (N, T)
+                logp_old = torch.cat([score_policy(tokens[r], P, args.temperature, pads(r))[0]
+                                      for r in rows_each])
+            value_old = torch.cat([critic(tokens[r, :-1], pads(r))[:, P - 1:] for r in rows_each])  # (N, T)
 
         # ---- advantage: what the value network didn't expect ----
         per_token = -args.beta * (logp_old - logp_ref)
         last = mask.sum(1, keepdim=True) - 1  # (N, 1)
         per_token = per_token.scatter_add(1, last, reward.to(device)[:, None])
         adv, returns = gae(per_token, value_old, mask, args.gamma, args.lam)
-        adv = whiten(adv, mask)
+        mask_all, reward = ranks.gather(mask), ranks.gather(reward)
+        adv_all = whiten(ranks.gather(adv), mask_all)
+        adv = adv_all[mine_rows]
 
-        # ---- update ----
+        # ---- update: losses of micro-batches and processes add up, the denominators are those of all ----
         sums = {}
         for epoch in range(args.epochs_per_rollout):
-            for rows in torch.randperm(B * G, generator=generator).chunk(args.minibatches):
-                rows = rows.to(device)
-                m, pads = mask[rows], None if pad is None else pad[rows]
-                with autocast():
-                    logp, entropy = policy.score(tokens[rows], P, args.temperature, pads)
-                    value = critic(tokens[rows, :-1], pads)[:, P - 1:]
-                loss, stats = ppo_policy_loss(logp, logp_old[rows], adv[rows], m, args.eps)
-                loss_v, stats_v = value_loss(value, value_old[rows], returns[rows], m, args.value_clip)
-                loss = loss + loss_v  # the two share no parameters: each has its own learning rate
-                loss.backward()
+            for batch in torch.randperm(B * G, generator=generator).chunk(args.minibatches):
+                n_tokens, losses = mask_all[batch].sum(), {}
+                for rows in ranks.local(batch, mine_rows, args.micro_batch):
+                    m = mask[rows]
+                    with autocast():
+                        logp, entropy = score_policy(tokens[rows], P, args.temperature, pads(rows))
+                        value = critic(tokens[rows, :-1], pads(rows))[:, P - 1:]
+                    loss, stats = ppo_policy_loss(logp, logp_old[rows], adv[rows], m, args.eps)
+                    loss_v, stats_v = value_loss(value, value_old[rows], returns[rows], m, args.value_clip)
+                    weight = m.sum() / n_tokens
+                    loss = (loss + loss_v) * weight  # the two share no parameters: each has its own rate
+                    loss.backward()
+                    add(losses, {"loss": loss.detach()})
+                    stats |= stats_v | {"entropy": masked_mean(entropy, m),
+                                        "ref_logp": masked_mean(logp_ref[rows], m),
+                                        "kl": masked_mean(kl_penalty(logp.detach(), logp_ref[rows]), m)}
+                    add(sums, stats, weight / updates)
+                ranks.add_gradients(policy)
+                ranks.add_gradients(critic)
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
                 torch.nn.utils.clip_grad_norm_(critic.parameters(), args.grad_clip)
-                checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm, **stats)
+                checkpoint.finite(step, args.out, grad_norm=grad_norm, **losses)
                 optimizer.step()
                 optimizer.zero_grad()
-                stats |= stats_v | {"loss": loss.detach(), "grad_norm": grad_norm,
-                                    "entropy": masked_mean(entropy, m),
-                                    "kl": masked_mean(kl_penalty(logp.detach(), logp_ref[rows]), m)}
-                ratio_max = max(sums.get("ratio_max", 0.0), stats.pop("ratio_max").item())
-                sums = {k: sums.get(k, 0.0) + v.item() / updates for k, v in stats.items()}
-                sums["ratio_max"] = ratio_max
+                add(sums, losses, 1 / updates)
+                add(sums, {"grad_norm": grad_norm}, 1 / updates / ranks.world())
 
         # ---- log ----
         elapsed = time.perf_counter() - clock
-        new_tokens = int(mask.sum())
+        new_tokens, texts = int(mask_all.sum()), ranks.gather(texts)
         seconds, samples, tokens_seen = seconds + elapsed, samples + B * G, tokens_seen + new_tokens
-        gold = JUDGES[args.gold](texts, asked_each.texts)
-        frac_zero_std = None if G == 1 else (reward.view(B, G).std(1) == 0).float().mean()
+        gold = JUDGES[args.gold](texts, prompts.pick(index, G).texts)
+        groups = reward.view(B, G)
+        frac_zero_std = None if G == 1 else (groups == groups[:, :1]).all(1).float().mean()
+        sums = ranks.total(sums)
         sums.pop("pg_loss")
-        log.write(step=step, mean_r=reward.mean(), token_adv=masked_mean(adv.abs(), mask), samples=samples,
-                  tokens=tokens_seen, seconds=seconds, gold=sum(gold) / len(gold),
+        sums["explained_variance"] = explained_variance(ranks.gather(value_old), ranks.gather(returns), mask_all)
+        log.write(step=step, mean_r=reward.mean(), token_adv=masked_mean(adv_all.abs(), mask_all),
+                  samples=samples, tokens=tokens_seen, seconds=seconds, gold=sum(gold) / len(gold),
                   length=new_tokens / (B * G), distinct=distinct(texts), frac_zero_std=frac_zero_std,
-                  ref_logp=logp_ref[mask].mean(), tokens_per_s=new_tokens / elapsed,
-                  peak_mem_mb=peak_mem_mb(device), **sums, **row)
-        if interrupt.asked:
+                  tokens_per_s=new_tokens / elapsed, peak_mem_mb=peak_mem_mb(device), **sums, **row)
+        if max(ranks.gather([interrupt.asked])):
             save(step + 1)
             log.close()
             interrupt.leave(resume_command())
@@ -204,7 +228,9 @@ def main(args):
     eval_r, gold = evaluate()
     print(f"ppo: {args.steps} steps, {seconds:.0f} s; held-out reward {eval_r:.2f}, {args.gold} "
           f"{sum(gold) / len(gold):.2f}; wrote {args.log} and {args.out}/policy.pth")
+    ranks.stop()
 
 
 if __name__ == "__main__":
-    main(parse(Args))
+    with ranks.one_voice():
+        main(parse(Args))

@@ -13,6 +13,7 @@ import torch
 
 from model import GPT, GPTConfig
 from utils.cli import atomic_write, die
+from utils.device import rank
 from utils.tokenizer import Tokenizer
 
 FORMAT = "nanogrpo-1"
@@ -20,8 +21,9 @@ FORMAT = "nanogrpo-1"
 
 def save(path, kind, model, tokenizer, **more):
     """model: a module with .config; tokenizer: a Tokenizer of utils; more: further entries of the dict."""
-    write(path, kind, config=asdict(model.config), tokenizer=tokenizer.state(), model=model.state_dict(),
-          **more)
+    if rank() == 0:  # it writes for all
+        write(path, kind, config=asdict(model.config), tokenizer=tokenizer.state(), model=model.state_dict(),
+              **more)
 
 
 def write(path, kind, **content):
@@ -92,6 +94,16 @@ def load_state(path, args, made_by, wanted=("config", "tokenizer", "model")):
                 "without --resume")
     torch.set_num_threads(state["threads"])
     return state
+
+
+def restore(state, path, **parts):
+    """Fills modules and optimizers from the state's entries of the same names; other sizes are refused."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        die(f"--resume: {path} holds a model of other sizes than this run's ({str(error).splitlines()[0]}): "
+            "start anew without --resume")
 
 
 def finite(step, out, **stats):

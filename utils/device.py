@@ -3,8 +3,10 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,14 @@ from pathlib import Path
 import torch
 
 from utils.cli import atomic_write, command, die
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))  # torchrun sets both
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def pick_device(name="auto"):
@@ -47,6 +57,15 @@ def pick_autocast(device, dtype="auto"):
     return lambda: torch.autocast(device.type, torch.bfloat16), dtype
 
 
+def compiled(function, device):
+    """torch.compile with static shapes; on CUDA in the mode that captures graphs. Costs a minute at first use."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler.split()[0]):
+        die(f"--compile needs a C++ compiler and {compiler!r} isn't there: install one, name it in CXX, or leave "
+            "--compile away")
+    return torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
 def peak_mem_mb(device):
     """CUDA: the allocator's peak; elsewhere the peak resident size of the process; in MB (10⁶ bytes)."""
     if device.type == "cuda":
@@ -72,6 +91,8 @@ def git_commit():
 
 def write_run_record(csv_path, args, **more):
     """Beside the CSV, with .json: arguments, command, commit, versions, machine and threads of its run."""
+    if rank():
+        return
     packages = ("torch", "numpy", "tiktoken", "vaderSentiment")
     versions = {name: importlib.metadata.version(name) for name in packages}
     record = {"args": dataclasses.asdict(args), "command": " ".join(command()),

@@ -1,14 +1,11 @@
-"""Several processes, one run: torchrun's ranks, DDP, FSDP2, checkpoints that any number of processes reads.
+"""Models that several processes share: DDP, FSDP2, and checkpoints that any number of processes reads.
 
 FSDP2 is `fully_shard` (ZeRO, arXiv:1910.02054). Without torchrun each function does what one process needs.
 Left out: tensor and pipeline parallelism, rank 0 reading for all. Run: torchrun -m vision.c2i_grpo
 """
 import contextlib
-import io
 import os
 import shutil
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -22,59 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import checkpoint
 from utils.cli import atomic_write, die, writing
-from utils.device import pick_device
+from utils.device import rank, world
+from utils.ranks import first_on_rank_0, mean, one_voice, start, stop  # noqa: F401  (dist.…)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves by itself: it is meant
 HOOKS = {torch.bfloat16: default_hooks.bf16_compress_hook, torch.float16: default_hooks.fp16_compress_hook}
-
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-@contextlib.contextmanager
-def one_voice():
-    """For what all ranks do alike: rank 0 speaks, errors included, the others are silent."""
-    silent = io.StringIO() if rank() else None
-    with contextlib.redirect_stdout(silent or sys.stdout), contextlib.redirect_stderr(silent or sys.stderr):
-        try:
-            yield
-        except SystemExit:
-            time.sleep(3 if rank() else 0)  # torchrun ends all with the first: rank 0 must come to speak
-            raise
-
-
-def start(device="auto", backend="auto"):
-    """Joins the other processes, if torchrun started this one -> this process's device."""
-    device = pick_device(device)
-    if backend == "nccl" and device.type != "cuda":
-        die(f"--backend nccl needs CUDA GPUs, this run is on {device.type}: wanted --backend gloo, or auto")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            die(f"{device.index + 1} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        auto = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(auto if backend == "auto" else backend)
-    return device
-
-
-def stop():
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def first_on_rank_0(make):
-    """make() on rank 0, then on the others, which find the files that it wrote."""
-    made = None if rank() else make()
-    if dist.is_initialized():
-        dist.barrier()
-    return make() if rank() else made
 
 
 def wrap(model, kind, dtype=torch.float32, grad_dtype=torch.float32, device=torch.device("cpu")):
@@ -119,16 +68,6 @@ def clip(model, max_norm):
     """Scales all gradients down to max_norm -> their norm before, over all shards."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-
-
-def mean(numbers):
-    """A dict of numbers averaged over the processes; names in _max: the greatest."""
-    every = [{k: float(v) for k, v in numbers.items()}]
-    if dist.is_initialized():
-        every = every * world()
-        dist.all_gather_object(every, every[0])
-    return {k: max(n[k] for n in every) if k.endswith("_max") else sum(n[k] for n in every) / len(every)
-            for k in numbers}
 
 
 # ---- checkpoints: a folder a step, complete or not there ----

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from utils.cli import atomic_write, need, writing
+from utils.device import rank
 
 SHARED = ["step", "loss", "mean_r", "kl", "entropy", "token_adv"]  # every script's CSV begins with these
 
@@ -20,6 +21,9 @@ class Log:
 
     def __init__(self, path, columns, total, start=0, track="none", record=None):
         self.path, self.columns = Path(path), columns
+        if rank():  # rank 0 writes for all
+            self.file, self.tracker, self.bar = open(os.devnull, "w"), None, None
+            return
         rows = []
         if start and self.path.is_file():
             with open(self.path, newline="") as file:
@@ -58,6 +62,14 @@ class Log:
         self.file.close()
         if self.bar:
             self.bar.stop()
+
+
+def add(sums, stats, weight=1.0):
+    """Adds weight × stats to the dict sums; of names in _max it keeps the greatest."""
+    for name, value in stats.items():
+        value = float(value)
+        greatest = name.endswith("_max")
+        sums[name] = max(sums.get(name, value), value) if greatest else sums.get(name, 0.0) + weight * value
 
 
 def open_tracker(track, path, record):
