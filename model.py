@@ -4,17 +4,15 @@ Radford et al. 2019 (GPT-2). Module names are those of transformers' GPT2LMHeadM
 Left out: rotary positions, grouped-query attention, sharding; paged caches belong in a server.
 Run: python sft.py (trains one), python sample.py (asks one)
 """
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from utils.cli import atomic_write, die, need
+from utils.hf import load_gpt2, save_gpt2
 
 
 @dataclass
@@ -72,19 +70,20 @@ def group_attention(q, k, v, attn_mask, cache, slots):
     q, k, v (B·G, heads, T, d) of the answers' tokens; cache: the prompt's keys and values (B, heads, P, d) and,
     when decoding, buffers for the answers' own (B, heads, G, S, d), whose `slots` are written here.
     """
-    (B, _, P, d), (_, _, T, _) = cache[0].shape, q.shape
-    q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, G, T, d)
+    (B, _, P, d), (N, _, T, _) = cache[0].shape, q.shape
+    G = N // B
+    q, k, v = (x.unflatten(0, (B, G)).transpose(1, 2) for x in (q, k, v))  # (B, heads, G, T, d)
     if len(cache) == 4:
         for buffer, new in zip(cache[2:], (k, v)):
             buffer[:, :, :, slots] = new
         end = slots.stop if isinstance(slots, slice) else None  # static shapes see all, the mask hides the rest
         k, v = (buffer[:, :, :, :end] for buffer in cache[2:])
-    to_prompt = (q.flatten(2, 3) @ cache[0].transpose(2, 3)).unflatten(2, (-1, T))
+    to_prompt = (q.flatten(2, 3) @ cache[0].transpose(2, 3)).unflatten(2, (G, T))
     weights = torch.cat([to_prompt, q @ k.transpose(3, 4)], -1) * d ** -0.5  # (B, heads, G, T, P + S)
     if attn_mask is not None:
         weights = weights.masked_fill(~attn_mask[:, :, None], -torch.inf)
     weights = weights.softmax(-1).to(v.dtype)
-    y = (weights[..., :P].flatten(2, 3) @ cache[1]).unflatten(2, (-1, T)) + weights[..., P:] @ v
+    y = (weights[..., :P].flatten(2, 3) @ cache[1]).unflatten(2, (G, T)) + weights[..., P:] @ v
     return y.transpose(1, 2).flatten(0, 1)  # (B·G, heads, T, d)
 
 
@@ -140,16 +139,12 @@ class GPT(nn.Module):
         t0 is a tensor where shapes must not change from token to token (--compile).
         """
         T, static = tokens.shape[1], isinstance(t0, torch.Tensor)
-        slots, S = None, T
-        if static:
-            P, S = cache[0][0].shape[2], cache[0][0].shape[2] + cache[0][2].shape[3]
-        elif t0:
-            P, S = cache[0][0].shape[2], t0 + T
-            slots = slice(t0 - P, S - P)
+        P = cache[0][0].shape[2] if static or t0 else 0
+        S = P + cache[0][2].shape[3] if static else t0 + T
         if S > self.config.block_size:
             raise ValueError(f"{S} tokens don't fit the context of {self.config.block_size} (block_size)")
         position = t0 + torch.arange(T, device=tokens.device)
-        slots = position - P if static else slots
+        slots = None if not P else position - P if static else slice(t0 - P, S - P)
         attn_mask = None  # causal
         if pad is not None or static or (t0 and T > 1):
             pad = tokens.new_zeros(1) if pad is None else pad
@@ -246,61 +241,14 @@ class GPT(nn.Module):
                 break
         return tokens, logp * mask, mask
 
-    @staticmethod
-    def from_pretrained(source):
+    @classmethod
+    def from_pretrained(cls, source):
         """GPT-2's weights: a folder in transformers' format, or a name ("gpt2") in the hub or its cache."""
-        safetensors = need("safetensors.torch", "hf")
-        folder = Path(source)
-        if not folder.is_dir():
-            hub = need("huggingface_hub", "hf")
-            wanted = ["config.json", "model.safetensors"]
-            try:
-                folder = Path(hub.snapshot_download(source, allow_patterns=wanted, etag_timeout=5))
-            except Exception as error:  # a dozen kinds of "can't reach it" that mean the same to the user
-                die(f"{source!r} is no folder here, and the hub gave nothing ({type(error).__name__}). "
-                    f"Download {' and '.join(wanted)} where there is a network and name their folder.")
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                die(f"{folder} has no {name}: wanted a folder that transformers' save_pretrained wrote.")
-        try:
-            c = {**PLAIN, **json.loads((folder / "config.json").read_text())}
-            odd = [f"{k}={c[k]!r}" for k, v in PLAIN.items() if c[k] != v]
-            if c["model_type"] != "gpt2" or odd:
-                die(f"{folder}/config.json is not a plain GPT-2: "
-                    f"model_type {c['model_type']!r} {' '.join(odd)}")
-            model = GPT(GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"]))
-            weights = {k.removeprefix("transformer."): w for k, w in
-                       safetensors.load_file(folder / "model.safetensors").items()}
-            model.load_state_dict({k: weights[k].T if transposed(k) else weights[k]
-                                   for k in model.state_dict()})
-        except Exception as error:  # damaged JSON, a truncated safetensors file, weights of other shapes
-            die(f"{folder} can't be read as GPT-2 ({type(error).__name__}: {str(error)[:80]}): wanted a "
-                "whole config.json and model.safetensors that belong together.")
-        return model
+        return load_gpt2(source, cls, GPTConfig)
 
     def export_hf(self, folder):
         """Writes the config.json and model.safetensors that transformers' GPT2LMHeadModel loads."""
-        safetensors = need("safetensors.torch", "hf")
-        c = asdict(self.config)
-        c = {k: c[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")} | {
-            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": c["block_size"],
-            "activation_function": "gelu_new", "tie_word_embeddings": True,
-            "bos_token_id": 0, "eos_token_id": 0,
-            **{k: c["dropout"] for k in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}}
-        weights = {f"transformer.{k}": (w.T if transposed(k) else w).detach().cpu().contiguous()
-                   for k, w in self.state_dict().items()}
-        atomic_write(Path(folder) / "config.json", json.dumps(c, indent=2).encode())
-        atomic_write(Path(folder) / "model.safetensors", safetensors.save(weights, {"format": "pt"}))
-
-
-PLAIN = {  # what this file computes; a config that differs here is refused, not approximated
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-    "n_inner": None, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
-}
-
-
-def transposed(name):  # transformers keeps GPT-2's projections as (in, out)
-    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        save_gpt2(self, folder)
 
 
 def sampling_logp(logits, top_k=0, top_p=1.0):
