@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from plot import plot_metric, plot_panels
+from plot import GRID, plot_panels
 from utils import checkpoint
 from utils.cli import at_least, parse
 from utils.device import pick_device
@@ -141,9 +141,8 @@ def main(args):
     # ---- figures ----
     files = ["logs/grpo.csv", "logs/ppo.csv"]
     for metric, name in (("mean_r", "reward"), ("kl", "kl"), ("entropy", "entropy"), ("loss", "loss")):
-        print(f"figure: {plot_metric(files, metric, f'logs/{name}_comparison.png')}")
-    panels = ["mean_r", "gold", "kl", "entropy", "loss", "length"]
-    print(f"figure: {plot_panels(files, panels, 'logs/overview.png', optional=True)}")
+        print(f"figure: {plot_panels(files, [metric], f'logs/{name}_comparison.png')}")
+    print(f"figure: {plot_panels(files, GRID, 'logs/overview.png', optional=True)}")
     print(f"done in {time.perf_counter() - began:.0f} s")
 
 
