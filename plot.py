@@ -5,7 +5,6 @@ Without --output a window opens where there is a display; elsewhere a PNG lands 
 Left out: logarithmic axes, live updates.
 Run: python plot.py --metric mean_r logs/grpo.csv logs/ppo.csv
 """
-import io
 import re
 import warnings
 from dataclasses import dataclass
@@ -203,9 +202,7 @@ def plot_panels(files, metrics, output=None, x="step", smooth=1, dpi=150, option
         if not output and fig.canvas.required_interactive_framework:
             plt.show()
             return None
-        image = io.BytesIO()
-        fig.savefig(image, format=path.suffix[1:].lower(), dpi=dpi)
-    atomic_write(path, image.getvalue())
+        atomic_write(path, lambda file: fig.savefig(file, format=path.suffix[1:].lower(), dpi=dpi))
     return path
 
 
