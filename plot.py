@@ -74,6 +74,7 @@ def read_runs(files):
 
 
 def read_csv(path):
+    """A log's columns as floats, NaN where nothing was measured (an empty cell, inf, a word)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose data
@@ -82,20 +83,11 @@ def read_csv(path):
         die(f"can't read {path}: {error.strerror or error}")
     except (ValueError, pd.errors.ParserWarning):  # an empty file, bytes that aren't text, ragged rows
         frame = pd.DataFrame()
-    if not frame.apply(pd.to_numeric, errors="coerce").notna().any(axis=None):
+    frame = frame.apply(pd.to_numeric, errors="coerce").astype(float).replace([np.inf, -np.inf], np.nan)
+    if not frame.notna().any(axis=None):
         die(f"{path} holds no table of numbers: wanted a line of column names, then a line for each step")
     frame.attrs["path"] = str(path)
     return frame
-
-
-def column(frame, name):
-    """A column as floats, NaN where it wasn't measured (an empty cell, inf); or leaves with a message."""
-    if name not in frame.columns:
-        die(f"{frame.attrs['path']} has no column {name!r}; it has: {', '.join(frame.columns)}")
-    try:
-        return pd.to_numeric(frame[name]).astype(float).replace([np.inf, -np.inf], np.nan)
-    except ValueError as error:
-        die(f"{frame.attrs['path']}: column {name!r} doesn't hold numbers alone: {error}")
 
 
 # ---- runs -> curves ----
@@ -106,7 +98,10 @@ def curve(frame, metric, x="step", smooth=1):
     x itself goes up and down (KL) it is averaged alike, so that the two stay a pair; the points are then
     sorted by x, and those of equal x become their mean.
     """
-    both = pd.DataFrame({"x": column(frame, x), "y": column(frame, metric)}).dropna()
+    for name in (x, metric):
+        if name not in frame:
+            die(f"{frame.attrs['path']} has no column {name!r}; it has: {', '.join(frame)}")
+    both = pd.DataFrame({"x": frame[x], "y": frame[metric]}).dropna()
     if both.empty:
         die(f"{frame.attrs['path']}: column {metric!r} has no measured value (against {x!r})")
     averaged = both.rolling(smooth, min_periods=1).mean() if smooth > 1 else both
@@ -136,8 +131,7 @@ def collect(runs, metrics, x="step", smooth=1, optional=False):
                 curves = [curve(frame, metric, x, smooth) for frame in frames]
                 found.setdefault(metric, {})[name] = curves
     if not found:
-        paths = [frame.attrs["path"] for frames in runs.values() for frame in frames]
-        die(f"no run measured any of {', '.join(metrics)}: {', '.join(paths)}")
+        die(f"none of {', '.join(metrics)} has numbers in every seed of {' or of '.join(runs)}")
     return found
 
 

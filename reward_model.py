@@ -181,11 +181,9 @@ def main(args):
     policy, tokenizer = checkpoint.load_policy(args.policy, device)
     layers = min(args.layers, policy.config.n_layer)
     model = RewardModel(replace(policy.config, n_layer=layers), args.pool).to(device)
-    kept = model.trunk.state_dict().keys()
-    model.trunk.load_state_dict({k: v for k, v in policy.state_dict().items() if k in kept})
+    model.trunk.load_state_dict(policy.state_dict(), strict=False)  # π₀ may have more blocks
 
     # ---- pairs ----
-    clock = time.perf_counter()
     if args.pairs:
         every = read_pairs(args.pairs, tokenizer, policy.config.block_size)
         order = torch.randperm(len(every.tokens), generator=step_generator(args.seed, 0))
@@ -195,15 +193,14 @@ def main(args):
         train, held_out = every.pick(order[cut:]), every.pick(order[:cut])
     else:
         if args.prompt_len + args.max_new > policy.config.block_size:
-            die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's context "
-                f"of {policy.config.block_size} tokens: shorten one")
+            die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's "
+                f"{policy.config.block_size} tokens: shorten one")
         prompts = load_prompts("", args.data, tokenizer, args.prompt_len)
         train, rows = sample_pairs(policy, tokenizer, prompts[0], args.n_pairs, args, 0)
         held_out, _ = sample_pairs(policy, tokenizer, prompts[1], args.held_out_pairs, args, 1)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         atomic_write(f"{args.out}/pairs.jsonl", "".join(lines).encode())
-    print(f"{len(train.tokens):,} + {len(held_out.tokens):,} pairs, {time.perf_counter() - clock:.0f} s, "
-          f"{device}, {dtype}")
+    print(f"{len(train.tokens):,} + {len(held_out.tokens):,} pairs, {device}, {dtype}")
 
     groups = [{"params": part.parameters(), "peak_lr": lr} for part, lr in
               ((model.trunk, args.lr), (model.head, args.head_lr), (model.word, args.word_lr))]

@@ -6,6 +6,7 @@ Left out: tuning (results/sweep.csv has it), seeds (results/ has three).
 Run: python rlhf_demo.py
 """
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -57,7 +58,9 @@ def run(script, output, inputs, last_step, args, *flags):
         if newer(output.with_name("state.pth")):
             command.append("--resume")
     print(f"\n$ {' '.join(command)}", flush=True)
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the stage too, which saves
     stage = subprocess.run([sys.executable, *command[1:]])
+    signal.signal(signal.SIGINT, before)
     if stage.returncode == 130:
         print("the demo goes on with: python rlhf_demo.py")
     if stage.returncode:

@@ -29,7 +29,7 @@ from grpo import OBJECTIVES
 from utils import checkpoint
 from utils.log import SHARED
 from utils.rewards import JUDGES
-from utils.task import load_prompts, load_scorer, step_generator
+from utils.task import load_prompts, load_scorer
 from utils.text import completions
 
 RL_SCRIPTS = {"grpo": train_grpo, "ppo": train_ppo}

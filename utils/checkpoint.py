@@ -49,7 +49,7 @@ def load_policy(path, device="cpu", made_by="python sft.py"):
     """-> (GPT in eval mode, tokenizer); a script that wants dropout in training switches it on again."""
     content = load(path, "policy", made_by)
     model = build(path, content, lambda: GPT(GPTConfig(**content["config"])), made_by)
-    return model.to(device).eval(), Tokenizer.load(content["tokenizer"])
+    return model.to(device).eval(), Tokenizer(**content["tokenizer"])
 
 
 def build(path, content, make, made_by):
@@ -75,16 +75,13 @@ MAY_CHANGE = {"resume", "steps", "grpo_steps", "save_every", "eval_every", "eval
 
 
 def load_state(path, args, made_by, wanted=("config", "tokenizer", "model")):
-    """The state to go on from; refuses other arguments than the run began with.
-
-    Sets the run's number of threads: sums in another order would give other last digits.
-    """
+    """The state to go on from; refuses other arguments than the run began with."""
     state = load(path, "state", made_by, wanted)
     for name, value in asdict(args).items():
         began = state["args"].get(name)
         if name not in MAY_CHANGE and began != value:
             die(f"--resume: {path} began with --{name} {began}, not {value}: give the same, or drop --resume")
-    torch.set_num_threads(state["threads"])
+    torch.set_num_threads(state["threads"])  # sums in another order would give other last digits
     return state
 
 

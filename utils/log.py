@@ -54,20 +54,17 @@ class Log:
 
 
 def open_tracker(track, path, record):
-    """A function (numbers, step) for TensorBoard or W&B, None for "none".
-
-    TensorBoard's events lie beside the CSV; W&B stays offline unless WANDB_MODE says otherwise.
-    """
+    """A function (numbers, step) for TensorBoard (events beside the CSV) or W&B, None for "none"."""
     if track == "none":
         return None
-    if track == "tensorboard":
-        writer = need("torch.utils.tensorboard", "log").SummaryWriter(str(path.with_suffix("")))
+    if track == "wandb":
+        os.environ.setdefault("WANDB_MODE", "offline")
+        where = {"name": path.stem, "dir": str(path.parent)}
+        return need("wandb", "log").init(project="nanogrpo", config=record, **where).log
+    writer = need("torch.utils.tensorboard", "log").SummaryWriter(str(path.with_suffix("")))
 
-        def to_tensorboard(values, step):
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-        return to_tensorboard
-    os.environ.setdefault("WANDB_MODE", "offline")
-    run = need("wandb", "log").init(project="nanogrpo", name=path.stem, config=record, dir=str(path.parent))
-    return lambda values, step: run.log(values, step=step)
+    def to_tensorboard(values, step):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+    return to_tensorboard

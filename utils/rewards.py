@@ -20,10 +20,7 @@ def vader():
 
 
 def sentiment(completions, prompts, **columns):
-    """How glad the words are, -1 … 1: the compound score of VADER (Hutto & Gilbert 2014).
-
-    VADER adds up a lexicon's words, which people rated, with rules for negation and emphasis.
-    """
+    """How glad the words are, -1 … 1: VADER's compound score (Hutto & Gilbert 2014)."""
     return [vader().polarity_scores(text)["compound"] for text in completions]
 
 
@@ -48,10 +45,7 @@ JUDGES = {"sentiment": sentiment, "meter": meter}
 
 
 def load_reward(spec, known=("model", *JUDGES)):
-    """The function that "sentiment", "meter" or "path/to/file.py:function" names; known: for the message.
-
-    What a function of a user's returns is checked at every call.
-    """
+    """The function that "sentiment", "meter" or "path/to/file.py:function" names; known: for the message."""
     if spec in JUDGES and spec in known:
         return JUDGES[spec]
     path, _, name = spec.rpartition(":")
@@ -94,10 +88,7 @@ def describe(error):
 
 
 def distinct(completions):
-    """Share of distinct words among an answer's words, mean over the answers that have any.
-
-    It falls when a policy repeats itself.
-    """
+    """Share of distinct words among an answer's words, mean over the answers that have any."""
     words = [re.findall(r"[a-z']+", text.lower()) for text in completions]
     shares = [len(set(w)) / len(w) for w in words if w]
     return sum(shares) / len(shares) if shares else float("nan")

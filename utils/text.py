@@ -26,10 +26,7 @@ HEADING = re.compile(r"(?:\A|\n\n)([^\n:]{1,40}:\n)")
 
 
 def load_corpus(name="auto"):
-    """-> (text, where it came from). name: auto, shakespeare, play, or the path of a plain text file.
-
-    auto is Shakespeare, or the offline play where it can't be had, and says so in one line.
-    """
+    """-> (text, its source). name: auto (Shakespeare, else the play), shakespeare, play, or a text file."""
     if name in ("auto", "shakespeare"):
         try:
             return tiny_shakespeare(), "tinyshakespeare"

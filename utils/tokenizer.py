@@ -28,14 +28,15 @@ class Tokenizer:
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
             except Exception as error:  # whatever its downloader raises offline
-                die(f"tiktoken can't fetch its gpt2 vocabulary ({type(error).__name__}): run once "
-                    "online with TIKTOKEN_CACHE_DIR set and bring that folder, or use --tokenizer bpe")
+                die(f"tiktoken can't fetch its gpt2 vocabulary ({type(error).__name__}): run online with "
+                    "TIKTOKEN_CACHE_DIR set and bring that folder, or use --tokenizer bpe")
             self.stops = [(198, 198), (628,)]
         else:
             pattern, code = (PATTERN, "latin-1") if name == "bpe" else ("(?s).", "utf-8")
             ranks = {token.encode(code): i for i, token in enumerate(table)}
-            self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                              special_tokens={BLANK_LINE: len(table)} if name == "bpe" else {})
+            special = {BLANK_LINE: len(table)} if name == "bpe" else {}
+            self.encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
             self.stops = [tuple(self.encode(BLANK_LINE))] if "\n" in table else []
         self.vocab_size = self.encoding.n_vocab
 
@@ -48,24 +49,17 @@ class Tokenizer:
     def decode(self, ids):
         return self.encoding.decode(ids)
 
-    def state(self):
+    def state(self):  # Tokenizer(**state) is the same one
         return {"name": self.name, "table": self.table}
-
-    @staticmethod
-    def load(state):
-        return Tokenizer(state["name"], state["table"])
 
 
 def train_tokenizer(name, text, vocab_size=1024):
     """A tokenizer for this corpus; vocab_size counts bpe's bytes, merges and stop token."""
-    table = []
-    if name == "char":
-        table = sorted(set(text))
+    if name == "bpe" and vocab_size < 258:
+        die(f"--vocab_size {vocab_size} is too small: wanted at least 258 (256 bytes, a merge, the stop)")
     if name == "bpe":
-        if vocab_size < 258:
-            die(f"--vocab_size {vocab_size} is too small: wanted at least 258 (256 bytes, a merge, the stop)")
-        table = [token.decode("latin-1") for token in train_bpe(text, vocab_size - 1)]
-    return Tokenizer(name, table)
+        return Tokenizer(name, [token.decode("latin-1") for token in train_bpe(text, vocab_size - 1)])
+    return Tokenizer(name, sorted(set(text)) if name == "char" else [])
 
 
 def train_bpe(text, size):
@@ -94,9 +88,9 @@ def train_bpe(text, size):
         vocabulary.append(best[0] + best[1])
         for w in where.pop(best):
             count(w, -1)
-            merged = []
-            for symbol in words[w]:  # from the left: "aaa" becomes "aa", "a"
-                if merged and (merged[-1], symbol) == best:
+            merged = words[w][:1]
+            for symbol in words[w][1:]:  # from the left: "aaa" becomes "aa", "a"
+                if (merged[-1], symbol) == best:
                     merged[-1] += symbol
                 else:
                     merged.append(symbol)
