@@ -190,7 +190,7 @@ def test_a_seed_that_ends_early_cuts_none_of_the_others(tmp_path):
     write(tmp_path / "a-s1.csv", step=[0, 1, 2, 3, 4], kl=[2, 2, 2, 8, 9])
     ax, = drawn(sorted(tmp_path.iterdir()), "kl").axes
     same(lines(ax)[0], [0, 1, 2], [1, 2, 3])
-    short, long = lines(ax, thin=True)  # where a line would begin and end are single points, which aren't seen
+    short, long = lines(ax, thin=True)  # lone ends are no line
     same(short, [0, 2], [0, 4])
     same(long, [0, 2, 3, 4], [2, 2, 8, 9])
 
