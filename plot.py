@@ -5,9 +5,7 @@ Without --output a window opens where there is a display; elsewhere a PNG lands 
 Left out: logarithmic axes, live updates.
 Run: python plot.py --metric mean_r logs/grpo.csv logs/ppo.csv
 """
-import io
 import re
-import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +17,18 @@ import tyro
 from utils.cli import at_least, atomic_write, die, parse
 
 GRID = ["mean_r", "gold", "kl", "entropy", "loss", "length"]  # the overview of --grid
-FORMATS = (".png", ".pdf", ".svg")
 
 LABELS = {  # what a column is and its unit; a column that isn't here is labelled with its own name
     "seconds": "time (s)", "samples": "answers sampled", "mean_r": "mean reward (score)",
     "kl": "KL to π₀ (nats / token)", "entropy": "entropy (nats / token)", "token_adv": "mean |advantage|",
     "gold": "gold judge (score)", "eval_r": "held-out mean reward (score)",
-    "eval_gold": "held-out gold judge (score)", "ratio_max": "largest ratio π / π_old",
     "length": "answer length (tokens)", "distinct": "distinct words (share)",
-    "ref_logp": "log-probability under π₀\n(nats / token)", "clip_frac": "clipped tokens (share)",
-    "frac_zero_std": "groups of equal rewards (share)", "grad_norm": "gradient norm", "lr": "learning rate",
-    "tokens_per_s": "tokens / s", "peak_mem_mb": "peak memory (MB)", "value_loss": "value loss",
-    "value_clip_frac": "clipped values (share)",
-    "explained_variance": "explained variance (share)", "held_out": "held-out loss",
+    "ref_logp": "log π₀ of answers (nats / token)", "clip_frac": "clipped tokens (share)",
+    "frac_zero_std": "groups of equal rewards (share)", "grad_norm": "gradient norm",
+    "tokens_per_s": "tokens / s", "peak_mem_mb": "peak memory (MB)",
     "loss_char": "loss (nats / character)", "held_out_char": "held-out loss (nats / character)",
-    "accuracy": "accuracy (share)", "held_out_accuracy": "held-out pair accuracy (share)",
-    "judge_accuracy": "agreement with the judge (share)", "top1": "top-1, held out (share)",
-    "top5": "top-5, held out (share)", "iou": "IoU, held out", "dice": "Dice, held out",
+    "accuracy": "accuracy (share)", "judge_accuracy": "agreement with the judge (share)",
+    "top1": "top-1, held out (share)", "top5": "top-5, held out (share)",
     "diversity": "diversity within a class", "frechet": "Fréchet distance",
     "eval_kl": "KL to π₀, held out (nats)", "entropy_norm": "entropy / log(classes)",
 }
@@ -47,26 +40,21 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 
 MARKERS = "osD^vX"
 
 STYLE = {
-    "font.size": 9.5, "axes.labelsize": 9.5, "axes.edgecolor": "#888888", "axes.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "axes.xmargin": 0.02, "axes.formatter.useoffset": False, "grid.color": "#E4E4E4", "grid.linewidth": 0.7,
-    "xtick.color": "#888888", "xtick.labelcolor": "#333333", "xtick.labelsize": 8.5,
-    "ytick.color": "#888888", "ytick.labelcolor": "#333333", "ytick.labelsize": 8.5,
+    "font.size": 9.5, "axes.labelsize": 9.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E4E4E4", "axes.formatter.useoffset": False,
     "legend.frameon": False, "legend.handlelength": 3.4,
-    "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
-    "text.parse_math": False,  # a run or a column may have a $ in its name
 }
 
 
 @dataclass
 class Args:
     files: tyro.conf.Positional[tuple[str, ...]] = ()  # CSVs; NAME-s0.csv, NAME-s1.csv … are one run
-    metric: str = "mean_r"  # a column, or several (mean_r,gold or mean_r gold): a panel each
+    metric: str = "mean_r"  # a column, or several (mean_r,gold): a panel each
     x: str = "step"  # step, samples, tokens, seconds, or any other column, such as kl
     smooth: int = 1  # moving average of the last N measured values
-    grid: bool = False  # the overview: reward, gold score, KL, entropy, loss and length in one figure
+    grid: bool = False  # instead of --metric: reward, gold score, KL, entropy, loss, length
     output: str = ""  # where to write the figure: .png, .pdf or .svg
-    title: str = ""
     dpi: int = 150  # dots per inch of a PNG
 
 
@@ -74,56 +62,34 @@ class Args:
 def read_runs(files):
     """Reads logs and groups the seeds of a run: list of paths -> {name: [DataFrame, one a seed]}.
 
-    Runs of one name in different folders stay apart, each with its folder in its name. A frame's path is in
-    .attrs["path"]. Leaves with a message (exit code 2) where a file is missing, empty or no CSV of numbers.
+    Runs whose files differ only in folder or in -sN have longer names: a/grpo-s* and b/grpo-s*. Leaves with a
+    message (exit code 2) where a file is missing, empty or no CSV of numbers; a frame's .attrs hold its path.
     """
     groups = {}
     for path in {Path(file).resolve(): Path(file) for file in files}.values():  # given twice is one seed
-        seeded = re.fullmatch(r"(.+)-s\d+", path.stem)
-        key = (path.parent, seeded[1] if seeded else path.stem, bool(seeded))
-        groups.setdefault(key, []).append(read_csv(path))
-    if not groups:
-        die("no CSV given: python plot.py --metric mean_r logs/grpo.csv logs/ppo.csv")
-    runs = {}
-    for (parent, name, seeded), frames in groups.items():
-        label = (parent / name).as_posix() if any(n == name and p != parent for p, n, _ in groups) else name
-        if seeded and (parent, name, False) in groups:
-            label += "-s*"  # NAME.csv may have other settings than NAME-s0.csv: no average over the two
-        runs[label] = frames
-    return runs
+        run = re.sub(r"-s\d+$", "-s*", path.with_suffix("").as_posix())
+        groups.setdefault(run, []).append(read_csv(path))
+    names = [Path(run).name.removesuffix("-s*") for run in groups]
+    return {name if names.count(name) == 1 else run: groups[run] for name, run in zip(names, groups)}
 
 
 def read_csv(path):
-    wanted = "wanted a line of column names, then a line of numbers for each step"
+    """A log's columns as floats, NaN where nothing was measured (an empty cell, inf)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose data
-            frame = pd.read_csv(path, index_col=False, compression=None)
+            frame = pd.read_csv(path, index_col=False, compression=None, skipinitialspace=True)
     except OSError as error:
         die(f"can't read {path}: {error.strerror or error}")
-    except pd.errors.EmptyDataError:
-        die(f"{path} is empty: {wanted}")
-    except (ValueError, pd.errors.ParserWarning):  # bytes that aren't text, or ragged rows
-        die(f"{path} is no CSV: {wanted}")
-    frame.columns = frame.columns.str.strip()
-    if frame.empty:
-        die(f"{path} has no line of numbers yet: {wanted}")
-    if not any(pd.to_numeric(frame[name], errors="coerce").notna().any() for name in frame):
-        die(f"{path} is no CSV of numbers: {wanted}")
-    frame.attrs["path"] = str(path)
+    except (ValueError, pd.errors.ParserWarning):  # an empty file, bytes that aren't text, ragged rows
+        frame = pd.DataFrame()
+    read, frame = frame, frame.apply(pd.to_numeric, errors="coerce").astype(float)
+    words = {name: read[name][frame[name].isna() & read[name].notna()].astype(str).tolist() for name in read}
+    frame = frame.replace([np.inf, -np.inf], np.nan)
+    if not frame.notna().any(axis=None):
+        die(f"{path} holds no table of numbers: wanted a line of column names, then a line for each step")
+    frame.attrs = {"path": str(path), "words": words}
     return frame
-
-
-def column(frame, name):
-    """A column as floats, NaN where it wasn't measured (an empty cell, inf); or leaves with a message."""
-    if name not in frame.columns:
-        has = ", ".join(textwrap.shorten(other, 40) for other in frame.columns)
-        die(f"{frame.attrs['path']} has no column {name!r}; it has: {has}")
-    values = pd.to_numeric(frame[name], errors="coerce")
-    text = frame[name][values.isna() & frame[name].notna()]
-    if len(text):
-        die(f"{frame.attrs['path']}: column {name!r} holds {str(text.iloc[0])[:40]!r}, which is no number")
-    return values.astype(float).replace([np.inf, -np.inf], np.nan)
 
 
 # ---- runs -> curves ----
@@ -134,15 +100,18 @@ def curve(frame, metric, x="step", smooth=1):
     x itself goes up and down (KL) it is averaged alike, so that the two stay a pair; the points are then
     sorted by x, and those of equal x become their mean.
     """
-    both = pd.DataFrame({"x": column(frame, x), "y": column(frame, metric)}).dropna()
+    for name in (x, metric):
+        if name not in frame:
+            die(f"{frame.attrs['path']} has no column {name!r}; it has: {', '.join(frame)}")
+        for word in frame.attrs["words"][name][:1]:
+            die(f"{frame.attrs['path']}: column {name!r} holds {word[:40]!r}, which is no number")
+    both = pd.DataFrame({"x": frame[x], "y": frame[metric]}).dropna()
+    if both.empty:
+        die(f"{frame.attrs['path']}: column {metric!r} has no measured value (against {x!r})")
     averaged = both.rolling(smooth, min_periods=1).mean() if smooth > 1 else both
     xs = both.x if both.x.is_monotonic_increasing else averaged.x
     line = averaged.y.groupby(xs.to_numpy()).mean()
     return line.index.to_numpy(), line.to_numpy()
-
-
-def shared_range(curves):
-    return max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
 
 
 def band(curves):
@@ -150,7 +119,7 @@ def band(curves):
 
     A seed without a value at such an x is interpolated linearly; with equal steps nothing is. -> x, mean, std
     """
-    low, high = shared_range(curves)
+    low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
     grid = np.unique(np.concatenate([xs for xs, _ in curves]))
     grid = grid[(grid >= low) & (grid <= high)]
     values = np.array([np.interp(grid, xs, ys) for xs, ys in curves])  # (seeds, points)
@@ -158,48 +127,41 @@ def band(curves):
 
 
 def collect(runs, metrics, x="step", smooth=1, optional=False):
-    """-> {metric: {run: its seeds' curves}}; with `optional`, but for what a run didn't measure."""
+    """-> {metric: {run: its seeds' curves}}; optional: without what a run's seeds didn't all measure."""
     found = {}
-    for name, frames in runs.items():
-        for metric in metrics:
-            if optional and any(metric not in frame.columns for frame in frames):
-                continue
-            curves = [curve(frame, metric, x, smooth) for frame in frames]
-            empty = [frame.attrs["path"] for frame, (xs, _) in zip(frames, curves) if not len(xs)]
-            if empty and not optional:
-                die(f"{empty[0]}: column {metric!r} has no measured value (against {x!r})")
-            if not empty:
+    for metric in metrics:
+        for name, frames in runs.items():
+            if not optional or all(metric in frame and frame[metric].notna().any() for frame in frames):
+                curves = [curve(frame, metric, x, smooth) for frame in frames]
                 found.setdefault(metric, {})[name] = curves
-        if not any(name in drawn for drawn in found.values()):
-            die(f"{frames[0].attrs['path']}: not every seed of {name} measured any of {', '.join(metrics)}")
-    return {metric: found[metric] for metric in metrics if metric in found}
+    if not found:
+        die(f"none of {', '.join(metrics)} has numbers in every seed of {' or of '.join(runs)}")
+    return found
 
 
 # ---- curves -> figure ----
-def draw(fig, runs, found, title="", x="step", note=""):
+def draw(fig, runs, found, x="step", note=""):
     """Draws what `collect` found: a panel a metric, one legend above them, one label of x below."""
     from matplotlib.lines import Line2D
     styles = {name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 5], "marker": MARKERS[i % 6]}
               for i, name in enumerate(runs)}
-    columns = len(found) if len(found) < 4 else 2 if len(found) == 4 else 3
+    names = [f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name
+             for name, frames in runs.items()]
+    columns = 2 if len(found) == 4 else min(len(found), 3)
     rows = -(-len(found) // columns)
-    width, height = (6.4, 3.9) if len(found) == 1 else (3.5 * columns, 2.5 * rows + 0.6)
-    fig.set_size_inches(width, height)
+    width, height = (6.4, 3.66) if len(found) == 1 else (3.5 * columns, 2.5 * rows + 0.36)
+    fit = max(1, min(len(names), int(width * 13 / (max(map(len, names)) + 9))))  # 13 letters an inch
+    fig.set_size_inches(width, height + 0.24 * -(-len(names) // fit))
     fig.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
+    fig.legend([Line2D([], [], markersize=4, **style) for style in styles.values()], names, ncols=fit,
+               loc="outside upper left", borderaxespad=0.2, borderpad=0.2)
     for i, (metric, drawn) in enumerate(found.items()):
         ax = fig.add_subplot(rows, columns, i + 1, ylabel=LABELS.get(metric, metric))
         for name, curves in drawn.items():
             draw_run(ax, curves, styles[name], list(runs).index(name) / len(runs))
-        round_ticks(ax, x)
-    fig.align_ylabels()
-    fig.supxlabel(LABELS.get(x, x).replace("\n", " ") + note, fontsize=STYLE["axes.labelsize"])
-    names = [f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name
-             for name, frames in runs.items()]
-    fit = max(1, int(width * 13 / (max(map(len, names)) + 9)))  # 13 letters an inch, 9 for handle and gap
-    fig.set_figheight(height + 0.24 * max(0, -(-len(names) // fit) - 2))  # panels keep their room
-    fig.legend([Line2D([], [], markersize=4, **style) for style in styles.values()], names, alignment="left",
-               loc="outside upper left", ncols=min(fit, len(names)), borderaxespad=0.2, borderpad=0.2,
-               title=title or None, title_fontproperties={"size": 11, "weight": "bold"})
+        if x in ("step", "samples", "tokens"):
+            ax.locator_params(axis="x", nbins=7, integer=True)
+    fig.supxlabel(LABELS.get(x, x) + note, fontsize=STYLE["axes.labelsize"])
 
 
 def draw_run(ax, curves, style, shift):
@@ -208,87 +170,48 @@ def draw_run(ax, curves, style, shift):
     if len(curves) > 1:
         xs, ys, std = band(curves)
         ax.fill_between(xs, ys - std, ys + std, color=style["color"], alpha=0.18, linewidth=0, zorder=1.5)
-        low, high = shared_range(curves)
-        for seed_x, seed_y in curves:
-            thin_x = np.union1d(seed_x, np.clip([low, high], seed_x[0], seed_x[-1]))
-            thin_y = np.interp(thin_x, seed_x, seed_y)
-            for side in (thin_x <= low, thin_x >= high):
-                if side.sum() > 1:
-                    thin = {"color": style["color"], "linewidth": 0.8, "alpha": 0.6, "zorder": 1}
-                    ax.plot(thin_x[side], thin_y[side], **thin)
-    marks = list(range(len(xs)))
-    if len(xs) > 16:  # eight markers at equal distances in x, those of different runs apart
-        places = xs[0] + (xs[-1] - xs[0]) / 8 * (np.arange(8) + shift)
-        marks = np.unique(np.searchsorted(xs, places).clip(max=len(xs) - 1)).tolist()
-    ax.plot(xs, ys, **style, linewidth=1.8, markersize=4, markevery=marks, zorder=2)
-
-
-def round_ticks(ax, x):
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-    if x in ("step", "samples", "tokens"):
-        ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10], integer=True))
-        if ax.get_xlim()[1] >= 1e4:
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k rather than 50000
+        for seed_x, seed_y in curves:  # without a shared range xs is empty, and all of a seed lies outside
+            outside = (seed_x <= xs.min(initial=np.inf)) | (seed_x >= xs.max(initial=-np.inf))
+            ax.plot(seed_x, np.where(outside, seed_y, np.nan), color=style["color"], linewidth=0.8, alpha=0.6)
+    marks = (0.12 * shift, 0.12) if len(xs) > 16 else None  # at equal distances, those of two runs apart
+    ax.plot(xs, ys, **style, linewidth=1.8, markersize=4, markevery=marks, zorder=2.5)
 
 
 # ---- figure -> file or window ----
-def plot_panels(files, metrics, output=None, x="step", smooth=1, title="", dpi=150, optional=False):
+def plot_panels(files, metrics, output=None, x="step", smooth=1, dpi=150, optional=False):
     """Draws a panel a metric; a file is written whole or not at all: -> its path, or None after a window."""
     import matplotlib
     from matplotlib.figure import Figure
-    if output and Path(output).suffix.lower() not in FORMATS:
-        die(f"--output {output}: the name must end in one of {', '.join(FORMATS)}")
+    if not files:
+        die("no CSV given: python plot.py --metric mean_r logs/grpo.csv logs/ppo.csv")
+    name = "_".join([Path(files[0]).stem, *(["overview"] if optional else metrics)])
+    path = Path(output or Path(files[0]).with_name(re.sub(r"[^\w.-]+", "-", name) + ".png"))
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        die(f"--output {output}: the name must end in one of .png, .pdf, .svg")
     runs = read_runs(files)
     found = collect(runs, metrics, x, smooth, optional)
     with matplotlib.rc_context(STYLE):
-        window = None if output else open_window()
-        fig = window or Figure()  # pyplot picks a backend for the whole process: only for a window
-        draw(fig, runs, found, title, x, f" · moving average of {smooth}" if smooth > 1 else "")
-        if window:
+        if output:
+            fig = Figure()  # pyplot picks a backend for the whole process: only for a window
+        else:
             import matplotlib.pyplot as plt
+            fig = plt.figure()
+        draw(fig, runs, found, x, f" · moving average of {smooth}" if smooth > 1 else "")
+        if not output and fig.canvas.required_interactive_framework:
             plt.show()
             return None
-        path, image = Path(output or beside(files[0], metrics, x, optional)), io.BytesIO()
-        fig.savefig(image, format=path.suffix[1:].lower(), dpi=dpi)
-    atomic_write(path, image.getvalue())
+        atomic_write(path, lambda file: fig.savefig(file, format=path.suffix[1:].lower(), dpi=dpi))
     return path
 
 
-def plot_metric(files, metric, output=None, x="step", smooth=1, title="", dpi=150):
-    """Draws one column of each run against x: -> the path written, or None where a window showed it."""
-    return plot_panels(files, [metric], output, x, smooth, title, dpi)
-
-
-def open_window():
-    """An empty figure that a window can show, or None where there is no display or no GUI toolkit."""
-    import matplotlib.pyplot as plt
-    try:
-        fig = plt.figure()
-    except ImportError:  # MPLBACKEND names a toolkit that can't be had here
-        return None
-    if fig.canvas.required_interactive_framework:
-        return fig
-    plt.close(fig)
-    return None
-
-
-def beside(file, metrics, x, overview):
-    words = [Path(file).stem, *(["overview"] if overview else metrics), *([] if x == "step" else ["vs", x])]
-    return Path(file).with_name(re.sub(r"[^\w.-]+", "-", "_".join(words)) + ".png")
-
-
 def main(args):
-    at_least(args, smooth=1, dpi=20)
-    if args.dpi > 600:
-        die(f"--dpi {args.dpi} is too large: wanted at most 600")
-    # `--metric mean_r gold a.csv`: the parser takes gold for a file, but it neither looks like one nor exists
-    more = [w for w in args.files if not (Path(w).suffix or len(Path(w).parts) > 1 or Path(w).exists())]
-    files = [w for w in args.files if w not in more]
-    metrics = [word.strip() for word in args.metric.split(",") if word.strip()] + more
-    if args.grid and metrics != ["mean_r"]:
-        die(f"--grid draws {', '.join(GRID)}: leave out --grid or {', '.join(metrics)}")
-    metrics = GRID if args.grid else metrics or ["mean_r"]
-    path = plot_panels(files, metrics, args.output, args.x, args.smooth, args.title, args.dpi, args.grid)
+    at_least(args, smooth=1)
+    if not 20 <= args.dpi <= 600:
+        die(f"--dpi {args.dpi}: wanted 20 to 600")
+    if args.grid and args.metric != "mean_r":
+        die(f"--grid draws {', '.join(GRID)}: leave out --grid or --metric {args.metric}")
+    metrics = GRID if args.grid else args.metric.split(",")
+    path = plot_panels(args.files, metrics, args.output, args.x, args.smooth, args.dpi, args.grid)
     if path:
         print(path)
 

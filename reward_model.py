@@ -7,15 +7,17 @@ mean 0, std 1 on the held-out pairs' answers.
 Left out: ensembles, margins, more than two answers a prompt.
 Run: python reward_model.py
 """
+import json
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import utils  # before torch: it sets how OpenMP's threads wait
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from model import GPT, GPTConfig
 from utils import checkpoint
@@ -42,7 +44,6 @@ class Args:
     held_out_pairs: int = 1024  # on held-out prompts
     prompt_len: int = 32
     max_new: int = 48
-    temperature: float = 1.0
     pool: Literal["sum", "last"] = "sum"
     layers: int = 2  # blocks of π₀ that the trunk keeps: fewer learn by heart later, and cost less
     epochs: int = 2
@@ -50,9 +51,6 @@ class Args:
     lr: float = 3e-4  # of the trunk
     head_lr: float = 1e-4  # a step moves every token's score at once, and a sum adds them up
     word_lr: float = 3e-2
-    warmup: float = 0.1  # share of the steps
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
     eval_every: int = 64
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -86,10 +84,9 @@ class RewardModel(nn.Module):
         T = mask.shape[1]
         hidden = self.trunk.hidden(tokens, pad)[:, -T:]
         score = (self.head(hidden).float() + self.word(tokens[:, -T:])).squeeze(-1)  # (N, T)
-        score = torch.where(mask, score, torch.zeros_like(score))
+        score = torch.where(mask, score, 0.0)
         if self.pool == "last":
-            last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
-            score = score.gather(1, last)
+            score = score.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))
         return (score.sum(1) - self.mean) / self.std
 
 
@@ -101,47 +98,44 @@ def load_reward_model(path, device="cpu"):
     return model.to(device).eval(), content
 
 
-@dataclass
-class Pairs:
+class Pairs(NamedTuple):
     tokens: torch.Tensor  # (M, 2, P + T): chosen, rejected
     mask: torch.Tensor  # (M, 2, T)
     pad: torch.Tensor | None  # (M,)
     gold: torch.Tensor | None  # (M, 2), the judge's own scores
 
-    def pick(self, index):
-        """A batch for the model: tokens (2M, P + T), mask (2M, T), pad (2M,); pairs stay neighbours."""
-        length = int(self.mask[index].any(1).any(0).nonzero().max()) + 1  # no token behind the longest answer
-        cut = self.mask.shape[2] - length
-        tokens = self.tokens[index].flatten(0, 1)
-        pad = None if self.pad is None else self.pad[index].repeat_interleave(2)
-        return tokens[:, :tokens.shape[1] - cut], self.mask[index].flatten(0, 1)[:, :length], pad
+    def pick(self, rows):
+        """The pairs of these rows."""
+        return Pairs(*(part if part is None else part[rows] for part in self))
+
+    def batch(self, device):
+        """For the model: tokens (2M, P + T), mask (2M, T), pad (2M,) or None; pairs stay neighbours."""
+        tokens, mask = self.tokens.flatten(0, 1), self.mask.flatten(0, 1)
+        pad = None if self.pad is None else self.pad.repeat_interleave(2).to(device)
+        longest = int(mask.sum(1).max())
+        end = tokens.shape[1] - mask.shape[1] + longest  # no token behind the longest answer
+        return tokens[:, :end].to(device), mask[:, :longest].to(device), pad
 
 
-def sample_pairs(policy, tokenizer, prompts, n, args, seed, device):
+def sample_pairs(policy, tokenizer, prompts, n, args, seed):
     """n pairs of answers to prompts drawn at random, labelled by the judge -> Pairs, and their texts."""
     generator = step_generator(args.seed, seed)
     index = torch.cat([torch.randperm(len(prompts.texts), generator=generator)
                        for _ in range(-(-n // len(prompts.texts)))])[:n]
-    tokens, masks, texts = [], [], []
-    for part in index.split(256):
-        batch = prompts.pick(part)
-        pad = None if batch.pad is None else batch.pad.to(device)
-        both, _, mask = policy.generate(batch.tokens.to(device), args.max_new, 2, args.temperature,
-                                        stop=tokenizer.stops, generator=generator, pad=pad)
-        texts += completions(both[:, -args.max_new:], mask, tokenizer)
-        tokens.append(both.cpu())
-        masks.append(mask.cpu())
     asked = prompts.pick(index)
+    parts = [policy.generate(part.to(policy.wte.weight.device), args.max_new, 2, stop=tokenizer.stops,
+                             generator=generator) for part in asked.tokens.split(256)]
+    tokens = torch.cat([tokens for tokens, _, _ in parts]).cpu()
+    mask = torch.cat([mask for _, _, mask in parts]).cpu()
+    texts = completions(tokens[:, -args.max_new:], mask, tokenizer)
     gold = torch.tensor(JUDGES[args.judge](texts, [p for p in asked.texts for _ in "ab"])).view(n, 2)
     gap = gold[:, 0] - gold[:, 1]
     odds = torch.sigmoid(gap / args.label_temperature) if args.label_temperature > 0 else (gap.sign() + 1) / 2
-    swap = (torch.rand(n, generator=generator) >= odds).long()[:, None]  # 1: the second answer was preferred
-    order = torch.cat([swap, 1 - swap], dim=1)
-    rows = torch.arange(n)[:, None]
-    pairs = Pairs(torch.cat(tokens).view(n, 2, -1)[rows, order], torch.cat(masks).view(n, 2, -1)[rows, order],
-                  asked.pad, gold.gather(1, order))
-    return pairs, [(asked.texts[i], texts[2 * i + a], texts[2 * i + b])
-                   for i, (a, b) in enumerate(order.tolist())]
+    chosen = (torch.rand(n, generator=generator) >= odds).long()  # 0: the first answer was preferred
+    order = torch.arange(n)[:, None], torch.stack([chosen, 1 - chosen], dim=1)
+    rows = [{"prompt": prompt, "chosen": texts[2 * i + c], "rejected": texts[2 * i + 1 - c]}
+            for i, (prompt, c) in enumerate(zip(asked.texts, chosen.tolist()))]
+    return Pairs(tokens.view(n, 2, -1)[order], mask.view(n, 2, -1)[order], None, gold[order]), rows
 
 
 def read_pairs(path, tokenizer, block_size):
@@ -149,31 +143,24 @@ def read_pairs(path, tokenizer, block_size):
     rows = read_jsonl(path, ("prompt", "chosen", "rejected"), "--pairs")
     stop = list(tokenizer.stops[0]) if tokenizer.stops else []
     answers = [tokenizer.encode(row[key]) + stop for row in rows for key in ("chosen", "rejected")]
-    longest = max(map(len, answers))
-    if longest + 1 > block_size:
-        row = max(range(len(answers)), key=lambda i: len(answers[i])) // 2
-        die(f"--pairs {path}: an answer of example {row + 1} has {longest} tokens, which with a prompt don't "
-            f"fit the context of {block_size}")
-    prompts, pad = left_pad([tokenizer.encode(row["prompt"]) or [0] for row in rows])
-    keep = min(prompts.shape[1], block_size - longest)
-    pad = None if pad is None else (pad - (prompts.shape[1] - keep)).clamp(min=0)
-    prompts = prompts[:, -keep:].repeat_interleave(2, 0)
-    mask = torch.tensor([[t < len(a) for t in range(longest)] for a in answers])
-    answers = torch.tensor([a + [0] * (longest - len(a)) for a in answers])
-    M = len(rows)
-    return Pairs(torch.cat([prompts, answers], 1).view(M, 2, -1), mask.view(M, 2, -1), pad, None)
+    lengths = torch.tensor([len(answer) for answer in answers])
+    room = block_size - int(lengths.max())  # for the prompts, of which the last tokens stay
+    if room < 1:
+        die(f"--pairs {path}: an answer of example {lengths.argmax() // 2 + 1} has {lengths.max()} tokens, "
+            f"which with a prompt don't fit the context of {block_size}")
+    prompts, pad = left_pad([tokenizer.encode(row["prompt"])[-room:] or [0] for row in rows])
+    answers = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True)
+    tokens = torch.cat([prompts.repeat_interleave(2, 0), answers], 1)
+    mask = torch.arange(answers.shape[1]) < lengths[:, None]
+    return Pairs(tokens.view(len(rows), 2, -1), mask.view(len(rows), 2, -1), pad, None)
 
 
 @torch.no_grad()
 def evaluate(model, pairs, device, autocast):
-    """-> numbers on held-out pairs, and all raw scores (M, 2)."""
-    scores = []
-    for index in torch.arange(len(pairs.tokens)).split(256):
-        tokens, mask, pad = pairs.pick(index)
-        with autocast():
-            score = model(tokens.to(device), mask.to(device), None if pad is None else pad.to(device))
-        scores.append(score.view(-1, 2).cpu())
-    scores = torch.cat(scores)
+    """-> numbers on held-out pairs, and their scores (M, 2)."""
+    parts = torch.arange(len(pairs.tokens)).split(256)
+    with autocast():
+        scores = torch.cat([model(*pairs.pick(rows).batch(device)) for rows in parts]).view(-1, 2).cpu()
     gap = scores[:, 0] - scores[:, 1]
     row = {"held_out": F.softplus(-gap).mean(), "held_out_accuracy": (gap > 0).float().mean()}
     if pairs.gold is not None:
@@ -186,7 +173,7 @@ def evaluate(model, pairs, device, autocast):
 
 def main(args):
     # ---- set-up ----
-    at_least(args, lr=0.0, temperature=1e-3, layers=1, n_pairs=args.batch_size, batch_size=1, epochs=1,
+    at_least(args, lr=0.0, layers=1, n_pairs=args.batch_size, batch_size=1, epochs=1,
              held_out_pairs=2, max_new=1, prompt_len=1, label_temperature=0.0, eval_every=1)
     device = pick_device(args.device)
     autocast, dtype = pick_autocast(device, args.dtype)
@@ -194,35 +181,30 @@ def main(args):
     policy, tokenizer = checkpoint.load_policy(args.policy, device)
     layers = min(args.layers, policy.config.n_layer)
     model = RewardModel(replace(policy.config, n_layer=layers), args.pool).to(device)
-    kept = model.trunk.state_dict().keys()
-    model.trunk.load_state_dict({k: v for k, v in policy.state_dict().items() if k in kept})
+    model.trunk.load_state_dict(policy.state_dict(), strict=False)  # π₀ may have more blocks
 
     # ---- pairs ----
-    clock = time.perf_counter()
     if args.pairs:
         every = read_pairs(args.pairs, tokenizer, policy.config.block_size)
         order = torch.randperm(len(every.tokens), generator=step_generator(args.seed, 0))
-        cut = max(1, len(order) // 10)
         if len(order) < 2:
-            die(f"--pairs {args.pairs} holds {len(order)} pair: wanted at least 2, one is held out")
-        train, held_out = (
-            Pairs(every.tokens[i], every.mask[i], None if every.pad is None else every.pad[i], None)
-            for i in (order[cut:], order[:cut]))
+            die(f"--pairs {args.pairs} holds 1 pair: wanted at least 2, one is held out")
+        cut = max(1, len(order) // 10)
+        train, held_out = every.pick(order[cut:]), every.pick(order[:cut])
     else:
         if args.prompt_len + args.max_new > policy.config.block_size:
-            die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's context "
-                f"of {policy.config.block_size} tokens: shorten one")
+            die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's "
+                f"{policy.config.block_size} tokens: shorten one")
         prompts = load_prompts("", args.data, tokenizer, args.prompt_len)
-        train, texts = sample_pairs(policy, tokenizer, prompts[0], args.n_pairs, args, 0, device)
-        held_out, _ = sample_pairs(policy, tokenizer, prompts[1], args.held_out_pairs, args, 1, device)
-        lines = [json_line(prompt=p, chosen=c, rejected=r) for p, c, r in texts]
+        train, rows = sample_pairs(policy, tokenizer, prompts[0], args.n_pairs, args, 0)
+        held_out, _ = sample_pairs(policy, tokenizer, prompts[1], args.held_out_pairs, args, 1)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         atomic_write(f"{args.out}/pairs.jsonl", "".join(lines).encode())
-    print(f"{len(train.tokens):,} + {len(held_out.tokens):,} pairs, {time.perf_counter() - clock:.0f} s, "
-          f"{device}, {dtype}")
+    print(f"{len(train.tokens):,} + {len(held_out.tokens):,} pairs, {device}, {dtype}")
 
     groups = [{"params": part.parameters(), "peak_lr": lr} for part, lr in
               ((model.trunk, args.lr), (model.head, args.head_lr), (model.word, args.word_lr))]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     per_epoch = max(1, len(train.tokens) // args.batch_size)
     total, start, seconds = args.epochs * per_epoch, 0, 0.0
     if args.resume:
@@ -250,19 +232,19 @@ def main(args):
 
         # ---- update ----
         clock = time.perf_counter()
-        warmup = max(1, int(args.warmup * total))
+        warmup = max(1, total // 10)
         share = min((step + 1) / warmup, (total - step) / (total - warmup + 1))  # straight up, then down
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(len(train.tokens), generator=step_generator(args.seed, 2 + epoch))
-        tokens, mask, pad = train.pick(order[place * args.batch_size:(place + 1) * args.batch_size])
+        rows = order[place * args.batch_size:(place + 1) * args.batch_size]
         with autocast():
-            score = model(tokens.to(device), mask.to(device), None if pad is None else pad.to(device))
+            score = model(*train.pick(rows).batch(device))
         chosen, rejected = score.view(-1, 2).unbind(1)  # (batch,)
         loss = -F.logsigmoid(chosen - rejected).mean()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -282,18 +264,11 @@ def main(args):
     model.mean.copy_(scores.mean())
     model.std.copy_(scores.std().clamp(min=1e-6))
     checkpoint.save(f"{args.out}/reward.pth", "reward", model, tokenizer, pool=args.pool,
-                    mean=model.mean.item(), std=model.std.item(), judge="" if args.pairs else args.judge)
-    judged = ""
-    if "judge_accuracy" in row:
-        judged = f", {row['judge_accuracy']:.3f} against the judge on untied pairs"
+                    judge="" if args.pairs else args.judge)
+    judged = "" if args.pairs else f", {row['judge_accuracy']:.3f} against the judge on untied pairs"
     print(f"held-out accuracy {row['held_out_accuracy']:.3f} against the noisy labels{judged}; "
           f"{seconds:.0f} s; wrote {args.out}/reward.pth and {args.log}")
     return row
-
-
-def json_line(**row):
-    import json
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

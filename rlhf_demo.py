@@ -5,8 +5,8 @@ done stays done: a second run reuses it, a broken one goes on where it stopped, 
 Left out: tuning (results/sweep.csv has it), seeds (results/ has three).
 Run: python rlhf_demo.py
 """
-import csv
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -15,19 +15,18 @@ from pathlib import Path
 
 import utils  # before torch: it sets how OpenMP's threads wait
 
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from plot import plot_metric, plot_panels
+from plot import GRID, plot_panels
 from utils import checkpoint
 from utils.cli import at_least, parse
 from utils.device import pick_device
 from utils.rewards import JUDGES
 from utils.task import load_prompts, load_scorer, sample_texts
 from utils.text import load_corpus
-
-ROOT = Path(__file__).parent
 
 
 @dataclass
@@ -41,59 +40,34 @@ class Args:
     fresh: bool = False  # begin anew, whatever is cached in out/ and logs/
 
 
-def newer(path, inputs):
-    """Whether the file is there and was written after all its inputs."""
-    return Path(path).is_file() and all(Path(path).stat().st_mtime >= Path(i).stat().st_mtime for i in inputs)
-
-
-def finished(log, total):
-    """Whether the CSV's last row is that of the last step."""
-    with open(log, newline="") as file:
-        rows = list(csv.reader(file))
-    return len(rows) > 1 and int(rows[-1][0]) >= total
-
-
 def run(script, output, inputs, last_step, args, *flags):
     """Runs a stage unless this very command made `output` from these inputs; resumes it if it broke off."""
-    name = Path(output).parts[1]
+    output = Path(output)
+    log, record = Path(f"logs/{output.parts[1]}.csv"), Path(f"logs/{output.parts[1]}.json")
     command = ["python", script, *map(str, flags), "--seed", str(args.seed), "--device", args.device]
     shown = " ".join(command)
-    record, state = Path(f"logs/{name}.json"), Path(f"out/{name}/state.pth")
-    same = not args.fresh and record.is_file() and Path(f"logs/{name}.csv").is_file() and \
-        json.loads(record.read_text())["command"].removesuffix(" --resume") == shown
-    if same and newer(output, inputs) and finished(f"logs/{name}.csv", last_step):
-        print(f"\n$ {shown}\ncached: {output}")
-        return
-    if same and newer(state, inputs):
-        command.append("--resume")
+
+    def newer(path):
+        return path.is_file() and all(path.stat().st_mtime >= Path(i).stat().st_mtime for i in inputs)
+
+    if not args.fresh and log.is_file() and record.is_file() and \
+            json.loads(record.read_text())["command"].removesuffix(" --resume") == shown:
+        if newer(output) and pd.read_csv(log).step.max() >= last_step:
+            print(f"\n$ {shown}\ncached: {output}")
+            return
+        if newer(output.with_name("state.pth")):
+            command.append("--resume")
     print(f"\n$ {' '.join(command)}", flush=True)
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the stage too, which saves
     stage = subprocess.run([sys.executable, *command[1:]])
+    signal.signal(signal.SIGINT, before)
+    if stage.returncode == 130:
+        print("the demo goes on with: python rlhf_demo.py")
     if stage.returncode:
-        if stage.returncode == 130:
-            print("the demo goes on with: python rlhf_demo.py")
         raise SystemExit(stage.returncode)
 
 
 @torch.no_grad()
-def measure(policy, ref, tokenizer, prompts, score, seed):
-    """A policy's numbers in the table: an answer to each held-out prompt, the same draws for every policy."""
-    tokens, _, mask, texts = sample_texts(policy, tokenizer, prompts, 48, seed=seed)
-    P = prompts.tokens.shape[1]
-    logp, entropy = policy.score(tokens, P)
-    d = ref.score(tokens, P)[0] - logp
-    gold = JUDGES["sentiment"](texts, prompts.texts)
-    return {"score": score(tokens, mask, prompts, texts).mean().item(), "gold": sum(gold) / len(gold),
-            "kl": (torch.expm1(d) - d)[mask].mean().item(), "entropy": entropy[mask].mean().item(),
-            "length": mask.sum(1).float().mean().item()}, texts
-
-
-def cost(name):
-    """(seconds, peak MB) from a stage's CSV."""
-    with open(f"logs/{name}.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return float(rows[-1]["seconds"]), max(float(row["peak_mem_mb"] or 0) for row in rows)
-
-
 def main(args):
     at_least(args, steps=1, sft_steps=0, eval_prompts=4)
     began = time.perf_counter()
@@ -109,41 +83,46 @@ def main(args):
         run(f"train_{name}.py", f"out/{name}/policy.pth", [policy, reward], args.steps - 1, args,
             "--data", data, "--steps", args.steps)
 
-    # ---- the table: three policies, the same held-out prompts ----
+    # ---- the table: three policies, the same held-out prompts, the same draws ----
     device = pick_device(args.device)
     ref, tokenizer = checkpoint.load_policy(policy, device)
     score = load_scorer("model", reward, policy, tokenizer, device)
     prompts = load_prompts("", data, tokenizer, 32)[1]
     order = torch.randperm(len(prompts.texts), generator=torch.Generator().manual_seed(args.seed))
     prompts = prompts.pick(order[:args.eval_prompts])
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    table = Table(title=f"{len(prompts.texts)} held-out prompts of {source}, one answer each")
-    for column in ("", "reward-model score", "gold (sentiment)", "KL to π₀, nats/token", "entropy, nats",
+    table = Table("", title=f"{len(prompts.texts)} held-out prompts of {source}, one answer each")
+    for column in ("reward-model score", "gold (sentiment)", "KL to π₀, nats/token", "entropy, nats",
                    "length, tokens", "seconds", "peak MB"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="right")
     answers = {}
     for label, name in (("π₀", "sft"), ("GRPO", "grpo"), ("PPO", "ppo")):
         model = checkpoint.load_policy(f"out/{name}/policy.pth", device)[0]
-        m, answers[label] = measure(model, ref, tokenizer, prompts, score, args.seed)
-        seconds, peak = cost(name)
-        table.add_row(label, f"{m['score']:+.2f}", f"{m['gold']:+.2f}", f"{m['kl']:.3f}",
-                      f"{m['entropy']:.2f}", f"{m['length']:.1f}", f"{seconds:.0f}", f"{peak:.0f}")
+        tokens, _, mask, texts = sample_texts(model, tokenizer, prompts, 48, seed=args.seed)
+        logp, entropy = model.score(tokens, 32)
+        d = ref.score(tokens, 32)[0] - logp
+        gold = sum(JUDGES["sentiment"](texts, prompts.texts)) / len(texts)
+        cost = pd.read_csv(f"logs/{name}.csv")
+        table.add_row(label, f"{score(tokens, mask, prompts, texts).mean():+.2f}", f"{gold:+.2f}",
+                      f"{(torch.expm1(d) - d)[mask].mean():.3f}", f"{entropy[mask].mean():.2f}",
+                      f"{mask.sum(1).float().mean():.1f}", f"{cost.seconds.iloc[-1]:.0f}",
+                      f"{cost.peak_mem_mb.max():.0f}")
+        answers[label] = texts
 
     # ---- samples: the same four prompts, never chosen ----
     side = Table(title="the first four of these prompts", show_lines=True)
     for column in ("prompt", *answers):
         side.add_column(column, ratio=1)
     for i in range(min(4, len(prompts.texts))):
-        side.add_row(prompts.texts[i].splitlines()[-1], *(answers[label][i] for label in answers))
+        side.add_row(prompts.texts[i].splitlines()[-1], *(texts[i] for texts in answers.values()))
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(side, markup=False)
     console.print(table)
 
     # ---- figures ----
     files = ["logs/grpo.csv", "logs/ppo.csv"]
     for metric, name in (("mean_r", "reward"), ("kl", "kl"), ("entropy", "entropy"), ("loss", "loss")):
-        print(f"figure: {plot_metric(files, metric, f'logs/{name}_comparison.png')}")
-    panels = ["mean_r", "gold", "kl", "entropy", "loss", "length"]
-    print(f"figure: {plot_panels(files, panels, 'logs/overview.png', optional=True)}")
+        print(f"figure: {plot_panels(files, [metric], f'logs/{name}_comparison.png')}")
+    print(f"figure: {plot_panels(files, GRID, 'logs/overview.png', optional=True)}")
     print(f"done in {time.perf_counter() - began:.0f} s")
 
 

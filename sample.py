@@ -23,8 +23,8 @@ class Args:
     start: str = "\\n"  # the prompt; \n stands for a new line
     num_samples: int = 5
     max_new: int = 0  # 0: as many as the context holds
-    temperature: float = 0.8  # 0: the most probable token, always
-    top_k: int = 0  # 0: all tokens
+    temperature: float = 0.8
+    top_k: int = 0  # 0: all tokens; 1: the most probable one, always
     top_p: float = 1.0
     stop: bool = True  # end an answer at the blank line; --no-stop writes on
     seed: int = 0
@@ -32,25 +32,21 @@ class Args:
 
 
 def main(args):
-    at_least(args, num_samples=1, max_new=0, temperature=0.0, top_k=0)
+    at_least(args, num_samples=1, max_new=0, temperature=1e-3, top_k=0)
     if not 0 < args.top_p <= 1:
         die(f"--top_p {args.top_p}: wanted a share in (0, 1]")
     device = pick_device(args.device)
     policy, tokenizer = checkpoint.load_policy(args.policy, device)
     start = args.start.replace("\\n", "\n")
     ids = tokenizer.encode(start)
-    context = policy.config.block_size
-    if not ids:
-        die("--start is empty: wanted at least one character, for example 'ROMEO:\\n'")
-    max_new = args.max_new or context - len(ids)
-    if len(ids) + max_new > context or max_new < 1:
-        die(f"--start of {len(ids)} tokens + --max_new {args.max_new} don't fit the context of {context} "
-            "tokens")
-    greedy = args.temperature == 0
-    tokens, _, mask = policy.generate(
-        torch.tensor([ids], device=device), max_new, args.num_samples, 1.0 if greedy else args.temperature,
-        1 if greedy else args.top_k, args.top_p, tokenizer.stops if args.stop else (),
-        torch.Generator().manual_seed(args.seed))
+    room = policy.config.block_size - len(ids)
+    if not ids or room < max(1, args.max_new):
+        die(f"--start of {len(ids)} tokens + --max_new {args.max_new}: wanted at least one token, such as "
+            f"'ROMEO:\\n', and no more than the context of {policy.config.block_size}")
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens, _, mask = policy.generate(torch.tensor([ids], device=device), args.max_new or room,
+                                      args.num_samples, args.temperature, args.top_k, args.top_p,
+                                      tokenizer.stops if args.stop else (), generator)
     texts = completions(tokens[:, len(ids):], mask, tokenizer)
     print("\n---\n".join(start + text for text in texts))
 

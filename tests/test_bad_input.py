@@ -91,7 +91,7 @@ def test_unknown_flag(module, refused, folder):
      ["--block_size", "7000", "held-out", "bell_of_merrow.txt"]),
     (sft, ["--data", "play", "--vocab_size", "258", "--init", "gpt2"], ["--init", "--tokenizer gpt2"]),
     (sft, ["--data", "play", "--device", "tpu"], ["tpu", "cpu", "cuda", "mps"]),
-    (sample, ["--policy", "POLICY", "--start", ""], ["--start", "empty"]),
+    (sample, ["--policy", "POLICY", "--start", ""], ["--start of 0 tokens", "at least one token"]),
     (sample, ["--policy", "POLICY", "--top_p", "0"], ["--top_p", "0", "(0, 1]"]),
     (sample, ["--policy", "POLICY", "--temperature", "-1"], ["temperature", "-1"]),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else getattr(x, "__name__", ""))
@@ -295,7 +295,7 @@ def test_pairs(lines, wanted, refused, folder):
 
 def test_pairs_that_are_missing_or_no_text(refused, folder):
     words = ["--policy", tiny() / "policy.pth", "--pairs", "pairs.jsonl"]
-    refused(lambda: cli(reward_model, *words), "--pairs", "pairs.jsonl", "no such file")
+    refused(lambda: cli(reward_model, *words), "--pairs", "pairs.jsonl", "No such file")
     (folder / "pairs.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
     refused(lambda: cli(reward_model, *words), "pairs.jsonl", "UTF-8")
 

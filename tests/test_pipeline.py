@@ -29,7 +29,7 @@ from grpo import OBJECTIVES
 from utils import checkpoint
 from utils.log import SHARED
 from utils.rewards import JUDGES
-from utils.task import load_prompts, load_scorer, step_generator
+from utils.task import load_prompts, load_scorer
 from utils.text import completions
 
 RL_SCRIPTS = {"grpo": train_grpo, "ppo": train_ppo}
@@ -428,7 +428,7 @@ def test_a_separable_set_is_ordered_at_100_percent(pool, folder, capsys):
     _, tokenizer = checkpoint.load_policy(tiny() / "policy.pth")
     pairs = reward_model.read_pairs("pairs.jsonl", tokenizer, rm.config.block_size)
     for i in range(50):  # one by one, so that no neighbour can lend its score
-        tokens, mask, pad = pairs.pick(torch.tensor([i]))
+        tokens, mask, pad = pairs.pick(torch.tensor([i])).batch("cpu")
         chosen, rejected = scored(rm, tokens, mask, pad).tolist()
         assert chosen > rejected
     assert column("logs/reward.csv", "judge_accuracy")[0] is None  # no judge: not measured
@@ -438,13 +438,14 @@ def test_scores_are_normalised_on_held_out_answers():
     args = reward_model.Args(data="play", held_out_pairs=64, prompt_len=16, max_new=12)
     policy, tokenizer = checkpoint.load_policy(tiny() / "policy.pth")
     prompts = load_prompts("", "play", tokenizer, 16)[1]
-    pairs, texts = reward_model.sample_pairs(policy, tokenizer, prompts, 64, args, 1, torch.device("cpu"))
+    pairs, texts = reward_model.sample_pairs(policy, tokenizer, prompts, 64, args, 1)
     rm, content = reward_model.load_reward_model(tiny() / "reward.pth")
-    tokens, mask, pad = pairs.pick(torch.arange(64))
+    tokens, mask, pad = pairs.batch("cpu")
     score = scored(rm, tokens, mask, pad)
     assert abs(score.mean()) < 1e-4 and abs(score.std() - 1) < 1e-3
-    assert content["mean"] == pytest.approx(rm.mean.item()) and content["std"] == pytest.approx(rm.std.item())
-    raw = score * content["std"] + content["mean"]
+    kept = content["model"]  # the two numbers are in the checkpoint, beside the weights
+    assert kept["mean"] == rm.mean and kept["std"] == rm.std
+    raw = score * kept["std"] + kept["mean"]
     rm.mean.zero_()
     rm.std.fill_(1.0)
     torch.testing.assert_close(scored(rm, tokens, mask, pad), raw, atol=1e-5, rtol=1e-4)
@@ -452,7 +453,7 @@ def test_scores_are_normalised_on_held_out_answers():
     score_of = load_scorer("model", tiny() / "reward.pth", "π₀", tokenizer, torch.device("cpu"))
     one = prompts.pick(torch.zeros(128, dtype=torch.long))
     torch.testing.assert_close(score_of(tokens, mask, one, [""] * 128), score, atol=1e-5, rtol=1e-4)
-    flat = [t for _, chosen, rejected in texts for t in (chosen, rejected)]
+    flat = [row[key] for row in texts for key in ("chosen", "rejected")]
     assert flat == completions(pairs.tokens.flatten(0, 1)[:, 16:], pairs.mask.flatten(0, 1), tokenizer)
     assert pairs.gold.flatten().tolist() == pytest.approx(JUDGES["sentiment"](flat, flat))
 
@@ -464,7 +465,7 @@ def test_labels_follow_bradley_terry():
 
     def favourite(temperature):
         args = reward_model.Args(judge="meter", label_temperature=temperature, prompt_len=16, max_new=12)
-        gap = reward_model.sample_pairs(policy, tokenizer, prompts, 400, args, 0, torch.device("cpu"))[0].gold
+        gap = reward_model.sample_pairs(policy, tokenizer, prompts, 400, args, 0)[0].gold
         gap = gap[:, 0] - gap[:, 1]
         return (gap > 0).float()[gap != 0], gap[gap != 0].abs()
     assert favourite(0.0)[0].min() == 1

@@ -1,7 +1,7 @@
 """Checkpoints: one dict of tensors and plain values a file, written atomically, read with weights_only=True.
 
 Every file holds format, kind (policy, reward, state; in vision/ others), config and model, those of text
-models a tokenizer too (ranks included); a reward adds pool, mean and std, a state what a resume needs.
+models a tokenizer too (ranks included); a reward adds pool, a state what a resume needs.
 weights_only=True runs no code that a file may hold; a file of another format or kind is refused.
 """
 import io
@@ -38,16 +38,12 @@ def load(path, kind, made_by, wanted=("config", "tokenizer", "model")):
         die(f"no {kind} at {path}: run `{made_by}` first, or name another file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        found = [content["format"], content["kind"], *(part for part in wanted if part in content)]
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything, IndexError included
-        die(f"{path} can't be read as a checkpoint ({type(error).__name__}): empty, truncated or foreign. "
+        found = type(error).__name__
+    if found != [FORMAT, kind, *wanted]:
+        die(f"{path} is not a {kind} of this repository: found {found}, wanted {[FORMAT, kind, *wanted]}. "
             f"Make it again with `{made_by}`.")
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT or content.get("kind") != kind:
-        seen = content.get("kind", "no kind") if found == FORMAT else f"format {found!r}"
-        die(f"{path} is not a {kind} of this repository ({seen}): wanted what `{made_by}` writes")
-    missing = set(wanted) - content.keys()
-    if missing:
-        die(f"{path} lacks {', '.join(sorted(missing))}: make it again with `{made_by}`")
     return content
 
 
@@ -55,7 +51,7 @@ def load_policy(path, device="cpu", made_by="python sft.py"):
     """-> (GPT in eval mode, tokenizer); a script that wants dropout in training switches it on again."""
     content = load(path, "policy", made_by)
     model = build(path, content, lambda: GPT(GPTConfig(**content["config"])), made_by)
-    return model.to(device).eval(), Tokenizer.load(content["tokenizer"])
+    return model.to(device).eval(), Tokenizer(**content["tokenizer"])
 
 
 def build(path, content, make, made_by):
@@ -64,16 +60,15 @@ def build(path, content, make, made_by):
         model = make()
         model.load_state_dict(content["model"])
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-        die(f"{path}: its config and its weights don't fit ({str(error).splitlines()[0]}): make it again "
-            f"with `{made_by}`")
+        why = str(error).splitlines()[0]
+        die(f"{path}: its config and its weights don't fit ({why}): make it again with `{made_by}`")
     return model
 
 
 def same_tokenizer(path, content, tokenizer, policy_path):
     """π₀ fixes the tokenizer for all that follows: ids of another one would be read as other words."""
     if content["tokenizer"] != tokenizer.state():
-        die(f"{path} was made with another tokenizer ({content['tokenizer']['name']}) than the policy "
-            f"{policy_path} ({tokenizer.name}): make it again from that policy")
+        die(f"{path} was made with another tokenizer than {policy_path} ({tokenizer.name}): make it again")
 
 
 # arguments that a resume may give otherwise than the run began with
@@ -82,17 +77,13 @@ MAY_CHANGE = {"resume", "steps", "grpo_steps", "save_every", "eval_every", "eval
 
 
 def load_state(path, args, made_by, wanted=("config", "tokenizer", "model")):
-    """The state to go on from; refuses other arguments than the run began with.
-
-    Sets the run's number of threads: sums in another order would give other last digits.
-    """
+    """The state to go on from; refuses other arguments than the run began with."""
     state = load(path, "state", made_by, wanted)
     for name, value in asdict(args).items():
         began = state["args"].get(name)
         if name not in MAY_CHANGE and began != value:
-            die(f"--resume: {path} began with --{name} {began}, not {value}: give the same, or start anew "
-                "without --resume")
-    torch.set_num_threads(state["threads"])
+            die(f"--resume: {path} began with --{name} {began}, not {value}: give the same, or drop --resume")
+    torch.set_num_threads(state["threads"])  # sums in another order would give other last digits
     return state
 
 
@@ -111,5 +102,4 @@ def finite(step, out, **stats):
     values = {name: float(torch.as_tensor(value).detach()) for name, value in stats.items()}
     if not all(math.isfinite(value) for value in values.values()):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        die(f"step {step}: not finite ({shown}). The last good checkpoint stays in {out}: lower --lr, or "
-            "compute in float32.")
+        die(f"step {step}: not finite ({shown}). The last good checkpoint stays in {out}: lower --lr.")

@@ -1,4 +1,5 @@
 """What every command line of this repository shares: clear errors, presets, atomic files, Ctrl-C."""
+import argparse
 import contextlib
 import importlib
 import os
@@ -25,19 +26,15 @@ def need(module, extra):
 def parse(args_class, presets=None):
     """Fills args_class from the command line; --preset NAME, at any place, picks one of `presets`."""
     import tyro
-    argv, default = list(sys.argv[1:]), args_class()
-    description = sys.modules[args_class.__module__].__doc__
+    words, rest, default = command(), sys.argv[1:], args_class()
+    prog = shlex.join(words[:len(words) - len(rest)])  # python sft.py, python -m vision.exact
     if presets:
-        for i, word in enumerate(argv):
-            if word.split("=")[0] == "--preset":
-                name = word.split("=", 1)[1] if "=" in word else argv[i + 1] if i + 1 < len(argv) else ""
-                if name not in presets:
-                    die(f"--preset {name!r} is unknown: wanted one of {', '.join(presets)}")
-                del argv[i:i + (1 if "=" in word else 2)]
-                default = presets[name]
-                break
-    prog = shlex.join(command()[:len(command()) - len(sys.argv) + 1])  # python sft.py, python -m vision.exact
-    args = tyro.cli(args_class, prog=prog, args=argv, default=default, description=description)
+        first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+        first.add_argument("--preset", choices=presets)
+        known, rest = first.parse_known_args()
+        default = presets.get(known.preset, default)
+    args = tyro.cli(args_class, prog=prog, args=rest, default=default,
+                    description=sys.modules[args_class.__module__].__doc__)
     if not 0 <= getattr(args, "seed", 0) <= 10**12:  # a million steps' generators must fit 64 bits
         die(f"--seed {args.seed}: wanted 0 to {10**12:,}")
     return args
@@ -61,10 +58,7 @@ def writing(path):
 
 
 def atomic_write(path, content):
-    """Writes bytes, or lets content(file) write; after a kill there is the old file or the new, whole.
-
-    For that it writes to a temporary file in the same folder and renames it.
-    """
+    """Writes bytes, or lets content(file) write; after a kill there is the old file or the new, whole."""
     path = Path(path)
     if path.exists() and not path.is_file():  # a rename would replace /dev/null itself
         die(f"can't write {path}: it is no regular file. Name another place.")
@@ -82,10 +76,7 @@ def atomic_write(path, content):
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads after a step, so that it can save first.
-
-    A second signal of the same kind kills at once.
-    """
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads after a step; a second one kills at once."""
 
     def __init__(self):
         self.asked = False

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from utils.cli import die
@@ -19,17 +20,9 @@ def vader():
     return SentimentIntensityAnalyzer()
 
 
-@functools.lru_cache(maxsize=100_000)
-def sentiment_score(text):
-    return vader().polarity_scores(text)["compound"]
-
-
 def sentiment(completions, prompts, **columns):
-    """How glad the words are, -1 … 1: the compound score of VADER (Hutto & Gilbert 2014).
-
-    VADER adds up a lexicon's words, which people rated, with rules for negation and emphasis.
-    """
-    return [sentiment_score(text) for text in completions]
+    """How glad the words are, -1 … 1: VADER's compound score (Hutto & Gilbert 2014)."""
+    return [vader().polarity_scores(text)["compound"] for text in completions]
 
 
 def syllables(word):
@@ -53,10 +46,7 @@ JUDGES = {"sentiment": sentiment, "meter": meter}
 
 
 def load_reward(spec, known=("model", *JUDGES)):
-    """The function that "sentiment", "meter" or "path/to/file.py:function" names; known: for the message.
-
-    What a function of a user's returns is checked at every call.
-    """
+    """The function that "sentiment", "meter" or "path/to/file.py:function" names; known: for the message."""
     if spec in JUDGES and spec in known:
         return JUDGES[spec]
     path, _, name = spec.rpartition(":")
@@ -64,19 +54,21 @@ def load_reward(spec, known=("model", *JUDGES)):
         die(f"--reward {spec!r} is unknown: wanted {', '.join(known)} or FILE.py:FUNCTION")
     if not Path(path).is_file():
         die(f"--reward {spec}: no file {path}")
-    module_spec = importlib.util.spec_from_file_location("user_reward", path)
-    module = importlib.util.module_from_spec(module_spec)
+    found = importlib.util.spec_from_file_location("user_reward", path)
+    module = importlib.util.module_from_spec(found)
     sys.modules["user_reward"] = module
     try:
-        module_spec.loader.exec_module(module)
+        found.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises is the user's to see, with its place
-        die(f"--reward {spec}: importing {path} raised {describe(error)}")
-    if not callable(getattr(module, name, None)):
+        die(f"--reward {spec}: {path} raised {describe(error)}")
+    function = getattr(module, name, None)
+    if not callable(function):
         die(f"--reward {spec}: {path} has no function {name!r}")
-    return functools.partial(checked, getattr(module, name), spec)
+    return functools.partial(checked, function, spec)
 
 
 def checked(function, spec, /, completions, prompts, **columns):
+    """The scores as floats, one a completion, or a message that says what the function did instead."""
     try:
         scores = function(completions=completions, prompts=prompts, **columns)
     except Exception as error:
@@ -96,18 +88,12 @@ def checked(function, spec, /, completions, prompts, **columns):
 
 def describe(error):
     """The error, with the file and line that raised it."""
-    frame = error.__traceback__
-    while frame.tb_next:
-        frame = frame.tb_next
-    file = Path(frame.tb_frame.f_code.co_filename).name
-    return f"{type(error).__name__}: {error} ({file}, line {frame.tb_lineno})"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def distinct(completions):
-    """Share of distinct words among an answer's words, mean over the answers that have any.
-
-    It falls when a policy repeats itself.
-    """
+    """Share of distinct words among an answer's words, mean over the answers that have any."""
     words = [re.findall(r"[a-z']+", text.lower()) for text in completions]
     shares = [len(set(w)) / len(w) for w in words if w]
     return sum(shares) / len(shares) if shares else float("nan")

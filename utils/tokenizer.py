@@ -17,64 +17,49 @@ PATTERN = r"\n| ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 
 
 class Tokenizer:
-    """encode, decode, vocab_size and stops (the token sequences that end a speech), for all three alike."""
+    """encode, decode, vocab_size and stops (the token sequences that end a speech), for all three alike.
+
+    table: the characters of `char`; the tokens of `bpe` in rank order, bytes as latin-1 for the file's sake.
+    """
 
     def __init__(self, name, table):
         self.name, self.table = name, table
-        if name == "char":  # table: the characters, in order
-            self.ids = {c: i for i, c in enumerate(table)}
-            self.vocab_size = len(table)
-            self.stops = [tuple(self.ids[c] for c in BLANK_LINE)] if "\n" in self.ids else []
-        elif name == "bpe":  # table: the byte strings, latin-1 for the file's sake, in rank order
-            ranks = {token.encode("latin-1"): i for i, token in enumerate(table)}
-            self.encoding = tiktoken.Encoding("nanogrpo", pat_str=PATTERN, mergeable_ranks=ranks,
-                                              special_tokens={BLANK_LINE: len(ranks)})
-            self.vocab_size, self.stops = len(ranks) + 1, [(len(ranks),)]
-        elif name != "gpt2":
-            die(f"tokenizer {name!r} is unknown: wanted bpe, char or gpt2")
-        else:  # tiktoken's own: before a heading the blank line is two tokens, but a model may say it as one
+        if name == "gpt2":  # before a heading the blank line is two tokens, but a model may say it as one
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
             except Exception as error:  # whatever its downloader raises offline
-                die(f"tiktoken can't fetch its gpt2 vocabulary ({type(error).__name__}): run once where "
-                    "there is a network, with TIKTOKEN_CACHE_DIR set, and bring that folder; or use "
-                    "--tokenizer bpe")
-            self.vocab_size, self.stops = self.encoding.n_vocab, [(198, 198), (628,)]
+                die(f"tiktoken can't fetch its gpt2 vocabulary ({type(error).__name__}): run online with "
+                    "TIKTOKEN_CACHE_DIR set and bring that folder, or use --tokenizer bpe")
+            self.stops = [(198, 198), (628,)]
+        else:
+            pattern, code = (PATTERN, "latin-1") if name == "bpe" else ("(?s).", "utf-8")
+            ranks = {token.encode(code): i for i, token in enumerate(table)}
+            special = {BLANK_LINE: len(table)} if name == "bpe" else {}
+            self.encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+            self.stops = [tuple(self.encode(BLANK_LINE))] if "\n" in table else []
+        self.vocab_size = self.encoding.n_vocab
 
     def encode(self, text):
-        if self.name == "char":
-            unknown = sorted(set(text) - self.ids.keys())
-            if unknown:
-                die(f"the char tokenizer has never seen {unknown[:5]}: use text in the corpus's characters, "
-                    "or bpe")
-            return [self.ids[c] for c in text]
-        special = {BLANK_LINE} if self.name == "bpe" else set()
-        return self.encoding.encode(text, allowed_special=special, disallowed_special=())
+        unknown = sorted(set(text) - set(self.table)) if self.name == "char" else []
+        if unknown:
+            die(f"the char tokenizer has never seen {unknown[:5]}: use its corpus's characters, or bpe")
+        return self.encoding.encode(text, allowed_special={BLANK_LINE}, disallowed_special=())
 
     def decode(self, ids):
-        if self.name == "char":
-            return "".join(self.table[i] for i in ids)
         return self.encoding.decode(ids)
 
-    def state(self):
+    def state(self):  # Tokenizer(**state) is the same one
         return {"name": self.name, "table": self.table}
-
-    @staticmethod
-    def load(state):
-        return Tokenizer(state["name"], state["table"])
 
 
 def train_tokenizer(name, text, vocab_size=1024):
     """A tokenizer for this corpus; vocab_size counts bpe's bytes, merges and stop token."""
-    if name == "char":
-        return Tokenizer("char", sorted(set(text)))
-    if name == "gpt2":
-        return Tokenizer("gpt2", [])
-    if name != "bpe":
-        die(f"--tokenizer {name!r} is unknown: wanted bpe, char or gpt2")
-    if vocab_size < 258:
+    if name == "bpe" and vocab_size < 258:
         die(f"--vocab_size {vocab_size} is too small: wanted at least 258 (256 bytes, a merge, the stop)")
-    return Tokenizer("bpe", [token.decode("latin-1") for token in train_bpe(text, vocab_size - 1)])
+    if name == "bpe":
+        return Tokenizer(name, [token.decode("latin-1") for token in train_bpe(text, vocab_size - 1)])
+    return Tokenizer(name, sorted(set(text)) if name == "char" else [])
 
 
 def train_bpe(text, size):
@@ -83,12 +68,17 @@ def train_bpe(text, size):
     First the 256 bytes; then, again and again, the most frequent pair of neighbours becomes one symbol.
     """
     pieces = Counter(regex.findall(PATTERN, text))
-    words = [([bytes([b]) for b in piece.encode()], count) for piece, count in pieces.items()]
+    words = [[bytes([b]) for b in piece.encode()] for piece in pieces]
+    counts = list(pieces.values())
     pairs, where = Counter(), defaultdict(set)  # how often a pair stands, and in which words
-    for w, (word, count) in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += count
+
+    def count(w, sign):
+        for pair in zip(words[w], words[w][1:]):
+            pairs[pair] += sign * counts[w]
             where[pair].add(w)
+
+    for w in range(len(words)):
+        count(w, 1)
     vocabulary = [bytes([b]) for b in range(256)]
     while len(vocabulary) < size and pairs:
         # of equally frequent pairs the one of greater bytes: the same ranks on every machine
@@ -97,17 +87,14 @@ def train_bpe(text, size):
             break
         vocabulary.append(best[0] + best[1])
         for w in where.pop(best):
-            word, count = words[w]
-            for pair in zip(word, word[1:]):
-                pairs[pair] -= count
-            merged, i = [], 0
-            while i < len(word):
-                step = 2 if tuple(word[i:i + 2]) == best else 1
-                merged.append(b"".join(word[i:i + step]))
-                i += step
-            for pair in zip(merged, merged[1:]):
-                pairs[pair] += count
-                where[pair].add(w)
-            words[w] = (merged, count)
+            count(w, -1)
+            merged = words[w][:1]
+            for symbol in words[w][1:]:  # from the left: "aaa" becomes "aa", "a"
+                if (merged[-1], symbol) == best:
+                    merged[-1] += symbol
+                else:
+                    merged.append(symbol)
+            words[w] = merged
+            count(w, 1)
         del pairs[best]
     return vocabulary
