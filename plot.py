@@ -103,7 +103,7 @@ def curve(frame, metric, x="step", smooth=1):
     for name in (x, metric):
         if name not in frame:
             die(f"{frame.attrs['path']} has no column {name!r}; it has: {', '.join(frame)}")
-        for word in frame.attrs["words"][name][:1]:
+        for word in frame.attrs.get("words", {}).get(name, [])[:1]:
             die(f"{frame.attrs['path']}: column {name!r} holds {word[:40]!r}, which is no number")
     both = pd.DataFrame({"x": frame[x], "y": frame[metric]}).dropna()
     if both.empty:
