@@ -277,8 +277,8 @@ def test_pictures_and_wandb(monkeypatch):
     logged = [v["mean_r"] for _, v in seen["log"] if "mean_r" in v]
     assert logged == pytest.approx([float(row["mean_r"]) for row in numbers() if row["mean_r"]])
     assert files("checkpoints/samples") == ["0000000.png", "0000002.png"]
-    with Image.open("logs/c2i.png") as image:  # ten lines of 3 + 3 digits and a gap
-        assert image.size == (int(6.5 * 36), 360)
+    with Image.open("logs/c2i.png") as image:  # ten lines of 3 + 3 digits and a gap, 2 pixels around each
+        assert image.size == (7 * 34 + 2, 10 * 34 + 2)
     run("--use-wandb")
     assert seen["init"][1]["project"] == "autoreg-grpo" and seen["init"][1]["name"] == "c2i"
 
@@ -372,9 +372,10 @@ def test_codes_are_written_and_read_and_the_true_image_counts(llamagen):
                                           ("filepath", "labels")])
 def test_columns_of_other_names(folder, image, label):
     pixels = saved([1, 0], image=image, label=label)
-    data = c2i_data.Saved("data", 256, 2, True)
-    x, codes, y = data[0]
-    assert y == 1 and codes is None and len(data) == 2 and x.shape == (3, 256, 256)
+    args = c2i_grpo.Args(data_path="data", image_size=256, num_classes=2, sampling="teacher-forced")
+    data = c2i_data.load_data(args, False, 256)
+    x, y, _ = data[0]
+    assert y == 1 and len(data) == 2 and x.shape == (3, 256, 256)
     assert x.min() < -0.9 and x.max() > 0.9
     want = np.array(Image.fromarray(pixels[0]).resize((384, 256), Image.Resampling.BICUBIC))[:, 64:320]
     assert np.array_equal(((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), want)
@@ -421,7 +422,6 @@ def test_diversity_and_accuracy_by_hand():
 
 # ---- bad input ----
 @pytest.mark.parametrize("words, said", [
-    (["--cls-token-num", 2], "--cls-token-num 2: wanted 1"),
     (["--top-p", 0], "--top_p 0.0: wanted a share in (0, 1]"),
     (["--image-size", 9], "--image-size 9 is no multiple of the downsample factor 2"),
     (["--downsample-size", 8], "--downsample-size 8: --vq-model digits has 2"),
@@ -443,15 +443,21 @@ def test_what_does_not_fit_is_one_line(capsys, words, said):
     refused(capsys, *SOME, *words, said=said)
 
 
+def test_several_class_slots_are_refused_by_tyro(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli(c2i_grpo, *SOME, "--cls-token-num", 2)
+    assert left.value.code == 2 and "--cls-token-num" in helpers.plain(capsys.readouterr().err)
+
+
 def test_bad_files_are_one_line(llamagen, capsys):
     refused(capsys, *llamagen, "--image-size", 300, said="--image-size 300")
     refused(capsys, *llamagen, "--gpt-ckpt", "vq.pt", said="doesn't fit this ImageGPT")
     Path("cut.pt").write_bytes(Path("vq.pt").read_bytes()[:5000])
     refused(capsys, *llamagen, "--vq-ckpt", "cut.pt", said="cut.pt can't be read")
     refused(capsys, *llamagen, "--data-path", "none", said="--data-path none can't be read as a data set")
-    refused(capsys, *llamagen, "--num-classes", 4, said="of shape (6, 16), not (5, 16)")
+    refused(capsys, *llamagen, "--num-classes", 4, said="also has cls_embedding.embedding_table.weight (6,")
     saved([0, 5], "high")
-    refused(capsys, *llamagen, "--data-path", "high", said="the class 5 is not in 0 … 4")
+    refused(capsys, *llamagen, "--data-path", "high", said="labels hold 5: wanted whole numbers from 0 to 4")
     saved([0, 1], "odd", label="kind")
     refused(capsys, *llamagen, "--data-path", "odd", said="has the columns image, kind: wanted one of label")
     saved([0, 1], "dev", split="test")
@@ -459,12 +465,12 @@ def test_bad_files_are_one_line(llamagen, capsys):
     saved([0, 1], "lost", image="file")
     (Path("lost") / "1.png").write_bytes(b"no image")
     forced = ["--sampling", "teacher-forced"]
-    refused(capsys, *llamagen, "--data-path", "lost", *forced, said="image 1 can't be read")
+    refused(capsys, *llamagen, "--data-path", "lost", *forced, said="image 1 of --data-path")
     Path("codes/imagenet256_codes").mkdir(parents=True)
     Path("codes/imagenet256_labels").mkdir()
     for codes, label, said in ((np.zeros((1, 1, 9), int), 0, "wanted (1, n_aug, 256)"),
-                               (np.full((1, 1, 256), 32), 0, "is not in 0 … 31"),
-                               (np.zeros((1, 1, 256), int), 7, "is not in 0 … 4")):
+                               (np.full((1, 1, 256), 32), 0, "hold 32: wanted whole numbers from 0 to 31"),
+                               (np.zeros((1, 1, 256), int), 7, "hold 7: wanted whole numbers from 0 to 4")):
         for i in range(2):
             np.save(f"codes/imagenet256_codes/{i}.npy", codes)
             np.save(f"codes/imagenet256_labels/{i}.npy", np.array([label]))

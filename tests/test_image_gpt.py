@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from vision.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig, Slots, load_official, rope_table, rotate
 from vision.sampling import draw, guided_logits, guided_steps, kept_set, log_probs, score
-from vision.vq import VQS, Downsample, VQConfig, VQModel, group_norm
+from vision.vq import VQS, VQConfig, VQModel, downsample, group_norm
 
 V, T, CLASSES = 13, 9, 5
 CONFIG = ImageGPTConfig(32, 2, 4, V, T, CLASSES, n_kv_head=2, multiple_of=8)
@@ -208,8 +208,9 @@ def refused(capsys, call, *wanted):
     (lambda w: w.pop("layers.1.feed_forward.w2.weight"), ["lacks layers.1.feed_forward.w2.weight"]),
     (lambda w: w.update(extra=torch.ones(1)), ["also has extra"]),
     (lambda w: (w.pop("norm.weight"), w.update({f"x{i}": torch.ones(1) for i in range(9)})),
-     ["lacks norm.weight", "also has x0; also has x1 (and 7 more)"]),
-    (lambda w: w.update({"norm.weight": torch.ones(8)}), ["norm.weight of shape (8,), not (32,)"]),
+     ["lacks norm.weight (32,); also has x0 (1,); also has x1 (1,) (in all 1 lost, 9 too many)"]),
+    (lambda w: w.update({"norm.weight": torch.ones(8)}),
+     ["lacks norm.weight (32,); also has norm.weight (8,)"]),
 ])
 def test_a_key_that_does_not_fit_is_named(tmp_path, capsys, change, wanted):
     weights = dict(tiny().state_dict())
@@ -366,23 +367,6 @@ def test_the_rotations_stay_exact_when_the_model_is_cast():
     assert keys.table.dtype == torch.float32 and keys.kv[model.layers[1].attention][0].dtype == torch.bfloat16
 
 
-def test_class_dropout_makes_labels_null_in_train_mode_alone():
-    model = tiny(class_dropout_prob=1.0)
-    codes, labels = some(V, 3, T), some(CLASSES, 3)
-    null = torch.full_like(labels, CLASSES)
-    with_class, without = model(codes, labels), model(codes, null)
-    assert (with_class - without).abs().amax((1, 2)).min() > 1e-2
-    close(model.train()(codes, labels), without)
-    a = model.sample(labels, uniforms=torch.full((3, T), 0.4))[1]
-    close(a, model.eval().sample(labels, uniforms=torch.full((3, T), 0.4))[1])  # sampling keeps its labels
-    torch.manual_seed(0)
-    model = tiny(class_dropout_prob=0.1).train()
-    labels = torch.ones(4000, dtype=torch.long)
-    none = torch.zeros(4000, 0, dtype=torch.long)
-    changed = (model(none, labels) - model.eval()(none, labels)).abs().amax((1, 2)) > 1e-3
-    assert 300 < changed.sum() < 500  # five standard deviations: fails 1 in 10⁶
-
-
 @pytest.mark.parametrize("field", ["token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p"])
 def test_each_dropout_acts_in_train_mode_alone(field):
     torch.manual_seed(0)
@@ -446,7 +430,7 @@ def test_cached_sampling_equals_the_slow_loop_and_its_score(mode):
     model = tiny()
     labels, G = torch.tensor([1, 4, 0]), 2
     uniforms = torch.rand(3 * G, T, generator=seeded(3))
-    codes, logp, kept = model.sample(labels, G, uniforms=uniforms, return_kept=True, **mode)
+    codes, logp, kept = model.sample(labels, uniforms, G, **mode)
     assert codes.dtype == torch.int32 and codes.shape == logp.shape == (3 * G, T)
     assert (kept is None) == (not mode.get("top_k") and "top_p" not in mode)
     labels = labels.repeat_interleave(G)
@@ -457,7 +441,7 @@ def test_cached_sampling_equals_the_slow_loop_and_its_score(mode):
         if kept is not None:
             assert [set(x.nonzero()[:, 0].tolist()) for x in kept[row]] == sets
     scoring = {k: v for k, v in mode.items() if k not in ("top_k", "top_p")}
-    scored, entropy = model.score(codes, labels, kept=kept, **scoring)
+    scored, entropy = score(model, codes, labels, kept=kept, **scoring)
     close(scored, logp)
     assert scored.requires_grad and not entropy.requires_grad and scored.dtype == torch.float32
     dist = log_probs(guided_logits(model, codes[:, :-1], labels, *[mode.get("cfg_scale", 1.0),
@@ -472,7 +456,7 @@ def test_the_modes_differ():
     """Else the test above could pass with a setting that does nothing."""
     model, labels = tiny(), torch.arange(CLASSES).repeat(4)
     uniforms = torch.rand(20, T, generator=seeded(3))
-    logps = [model.sample(labels, uniforms=uniforms, **mode)[1] for mode in MODES]
+    logps = [model.sample(labels, uniforms, **mode)[1] for mode in MODES]
     pairs = itertools.combinations(range(len(MODES)), 2)
     same = [(a, b) for a, b in pairs if torch.equal(logps[a], logps[b])]
     assert same == [(0, MODES.index({"cfg_scale": 0.5}))]  # guidance below 1 is none, as in LlamaGen
@@ -484,7 +468,7 @@ def test_generate_is_sample_and_follows_its_generator():
     a, b, c = (model.generate(labels, **mode, generator=seeded(s)) for s in (5, 5, 6))
     assert torch.equal(a, b) and not torch.equal(a, c)
     uniforms = torch.rand(4, T, generator=seeded(5))
-    assert torch.equal(a, model.sample(labels, uniforms=uniforms, **mode)[0])
+    assert torch.equal(a, model.sample(labels, uniforms, **mode)[0])
     assert a.shape == (4, T) and a.dtype == torch.int32
 
 
@@ -563,9 +547,9 @@ def test_bad_settings_are_named():
         model(some(V, 1, T), torch.tensor([CLASSES + 1]))
     with pytest.raises(ValueError, match="codes hold 13: wanted whole numbers from 0 to 12"):
         model(torch.full((2, 3), V), labels)
-    with pytest.raises(ValueError, match="10 codes a row: an image has 9"):
+    with pytest.raises(ValueError, match="at most 9 codes a row"):
         model(some(V, 2, T + 1), labels)
-    with pytest.raises(ValueError, match="labels have shape"):
+    with pytest.raises(ValueError, match=r"labels \(2,\): wanted"):
         model(some(V, 3, T), labels)
     for change, said in (({"dim": 30}, "dim 30"), ({"dim": 24}, "multiple of 4"),
                          ({"n_kv_head": 3}, "n_kv_head 3"), ({"block_size": 8}, "block_size 8: wanted")):
@@ -657,7 +641,7 @@ def test_decode_takes_a_flat_square():
 
 
 def test_small_layers_by_hand():
-    down = Downsample(1)
+    down = downsample(1)
     torch.nn.init.zeros_(down.conv.bias)
     torch.nn.init.ones_(down.conv.weight)
     x = torch.arange(16.0).view(1, 1, 4, 4)
@@ -670,7 +654,7 @@ def test_small_layers_by_hand():
 def test_the_vq_loss_and_its_straight_through_gradient():
     model = moved(VQModel(SMALL_VQ), 0.05)
     images = torch.rand(4, 3, 8, 8, generator=seeded(0)) * 2 - 1
-    loss, stats = model.loss(images)
+    loss = model.loss(images)
     loss.backward()
     book_grad, conv_grad = model.quantize.embedding.weight.grad.clone(), model.quant_conv.weight.grad.clone()
     with torch.no_grad():
@@ -678,9 +662,6 @@ def test_the_vq_loss_and_its_straight_through_gradient():
         q = F.normalize(model.quantize.embedding.weight, dim=1)[codes]
         mse, gap = (model.decode(codes) - images).square().mean(), (z - q).square().mean()
     close(loss, mse + 1.25 * gap)
-    close(stats["mse"], mse)
-    close(stats["commitment"], gap)
-    assert stats["usage"] == len(codes.unique()) / 20
     # the codebook learns from the gap alone; the encoder from β·gap and from the decoder's gradient at q
     model.zero_grad()
     (model.quantize.lookup(codes) - z).square().mean().backward()

@@ -1,22 +1,84 @@
-"""What c2i_grpo.py reads: images and codes with their classes; steps of them, shared between processes.
+"""What c2i_grpo.py reads: images or codes with their classes; steps of them, shared between processes.
 
-Images are float, -1 … 1; codes are a grid's, row by row. Code files have the layout of LlamaGen's
-(arXiv:2406.06525): DIR/imagenet{size}_codes/{i}.npy and DIR/imagenet{size}_labels/{i}.npy.
-Left out: augmentation, streaming data sets. Run: python -m vision.c2i_grpo
+Items are (x, label, number): x an image (3, H, W) in -1 … 1, codes (n_aug, T), row by row, or (0,) where the
+label says it all. Code files lie as LlamaGen's (arXiv:2406.06525): DIR/imagenet{size}_codes/{i}.npy and
+DIR/imagenet{size}_labels/{i}.npy. Left out: augmentation, streaming. Run: python -m vision.c2i_grpo
 """
+import functools
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from utils.cli import atomic_write, die, need
 from utils.task import step_generator
-from vision.data import digit_arrays, step_index
+from vision import data as vision_data
+from vision.data import Images, open_rgb, step_index
+from vision.vq import in_range
 
-IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "image_path", "file", "filepath"), ("label", "labels")
+COLUMNS = ("image", "image_path", "file", "filepath"), ("label", "labels")
+
+
+def load_data(args, is_digits, T):
+    """-> Images; those of --data-path are opened where teacher forcing or --extract-codes needs them."""
+    if args.code_path:
+        stem = f"{args.code_path}/imagenet{args.image_size}"
+        every = range(len(list(Path(f"{stem}_codes").glob("*.npy"))))
+        if not every:
+            die(f"--code-path {args.code_path} has no {Path(stem).name}_codes/*.npy: write them with "
+                "--extract-codes DIR")
+        limits = T, args.codebook_size, args.num_classes
+        return Images(every, every, every, functools.partial(read_codes, stem, *limits))
+    if is_digits:
+        return digits(args.image_size)
+    rows, column, labels = open_saved(args.data_path, args.num_classes)
+    every = range(len(labels))
+    if args.sampling == "autoregressive" and not args.extract_codes:
+        return Images(torch.empty(len(labels), 0), labels, every)
+    read = functools.partial(read_image, rows, column, args.data_path, args.image_size)
+    return Images(every, labels, every, read)
+
+
+def digits(size=8, part="train"):
+    found = getattr(vision_data.digits(size), part)
+    found.images = found.images * 2 - 1
+    return found
+
+
+def open_saved(path, num_classes):
+    """The train split of what `datasets` wrote with save_to_disk -> it, the images' column, labels (N,)."""
+    datasets = need("datasets", "c2i")
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        die(f"--data-path {path} can't be read as a data set ({why}): wanted a folder that "
+            "datasets.save_to_disk wrote")
+    if isinstance(found, dict) and "train" not in found:
+        die(f"--data-path {path} has the splits {', '.join(found)}: wanted one called train")
+    found = found["train"] if isinstance(found, dict) else found
+    columns = []
+    for names in COLUMNS:
+        columns += [next((c for c in names if c in found.column_names), None)]
+        if columns[-1] is None:
+            die(f"--data-path {path} has the columns {', '.join(found.column_names)}: wanted one of "
+                f"{', '.join(names)}")
+    try:
+        labels = torch.tensor(found[columns[1]][:])
+        in_range("labels", labels, num_classes)
+    except (RuntimeError, TypeError, ValueError) as error:
+        die(f"--data-path {path}: {error} (--num-classes {num_classes})")
+    return found, columns[0], labels
+
+
+def read_image(rows, column, folder, size, i, label):
+    image = rows[i][column]
+    if isinstance(image, str):
+        image = open_rgb(image if Path(image).is_file() else Path(folder) / image)
+    pixels = torch.from_numpy(np.array(center_crop(image.convert("RGB"), size)))
+    return pixels.permute(2, 0, 1) / 127.5 - 1, label
 
 
 def center_crop(image, size):
@@ -29,128 +91,49 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def to_tensor(image):
-    """A PIL image -> (3, H, W), mean and std 0.5 taken off."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
-
-
-class Saved(Dataset):
-    """The train split of what `datasets` wrote with save_to_disk: items (image or None, None, label)."""
-
-    def __init__(self, path, size, num_classes, with_images):
-        datasets = need("datasets", "c2i")
-        try:
-            found = datasets.load_from_disk(str(path))
-        except (OSError, ValueError) as error:
-            why = " ".join(str(error).split())[:200]
-            die(f"--data-path {path} can't be read as a data set ({why}): wanted a folder that "
-                "datasets.save_to_disk wrote")
-        if isinstance(found, dict):
-            if "train" not in found:
-                die(f"--data-path {path} has the splits {', '.join(found)}: wanted one called train")
-            found = found["train"]
-        self.path, self.size, self.with_images = Path(path), size, with_images
-        self.image, label = (next((c for c in names if c in found.column_names), None)
-                             for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
-        for column, names in ((self.image, IMAGE_COLUMNS), (label, LABEL_COLUMNS)):
-            if column is None:
-                die(f"--data-path {path} has the columns {', '.join(found.column_names)}: wanted one of "
-                    f"{', '.join(names)}")
-        self.rows, self.labels = found, found[label][:]
-        odd = next((y for y in self.labels if not isinstance(y, int) or not 0 <= y < num_classes), None)
-        if odd is not None:
-            die(f"--data-path {path}: the class {odd!r} is not in 0 … {num_classes - 1} (--num-classes "
-                f"{num_classes})")
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        if not self.with_images:
-            return None, None, self.labels[i]
-        try:
-            image = self.rows[i][self.image]
-            if isinstance(image, str):
-                image = Image.open(image if Path(image).is_file() else self.path / image)
-            return to_tensor(center_crop(image.convert("RGB"), self.size)), None, self.labels[i]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"--data-path {self.path}: image {i} can't be read ({error})"
-
-
-class CodeFiles(Dataset):
-    """LlamaGen's code files: items (None, codes (n_aug, T), label)."""
-
-    def __init__(self, path, size, T, vocab_size, num_classes):
-        self.path, self.size, self.T, self.limits = Path(path), size, T, (vocab_size, num_classes)
-        self.n = len(list((self.path / f"imagenet{size}_codes").glob("*.npy")))
-        if not self.n:
-            die(f"--code-path {path} has no imagenet{size}_codes/*.npy: write them with --extract-codes DIR")
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        paths = [self.path / f"imagenet{self.size}_{part}" / f"{i}.npy" for part in ("codes", "labels")]
-        try:
-            codes, label = (np.load(path) for path in paths)
-        except (OSError, EOFError, ValueError) as error:
-            return f"--code-path {self.path}: entry {i} can't be read ({error})"
-        if codes.ndim != 3 or codes.shape[2] != self.T or label.size != 1:
-            return (f"{paths[0]} holds {codes.shape}, its label {label.shape}: wanted (1, n_aug, {self.T}), "
-                    f"as images of {self.size} pixels have {self.T} codes, and (1,)")
-        for name, ids, limit in zip(("code", "class"), (codes, label), self.limits):
-            if ids.min() < 0 or ids.max() >= limit:
-                return f"{paths[0]}: the {name} {ids.max()} (or {ids.min()}) is not in 0 … {limit - 1}"
-        return None, torch.from_numpy(codes[0].astype(np.int64)), int(label.item())
-
-
-def digits(size=8, part="train"):
-    """-> images (N, 3, size, size), labels (N,)."""
-    images, labels = digit_arrays()[part]
-    images = images if size == 8 else F.interpolate(images, (size, size), mode="bilinear")
-    return images.expand(-1, 3, -1, -1) * 2 - 1, labels
-
-
-def load_data(args, is_digits, T):
-    if args.code_path:
-        return CodeFiles(args.code_path, args.image_size, T, args.codebook_size, args.num_classes)
-    if is_digits:
-        images, labels = digits(args.image_size)
-        return [(x, None, y) for x, y in zip(images, labels.tolist())]
-    with_images = args.sampling == "teacher-forced" or args.extract_codes is not None
-    return Saved(args.data_path, args.image_size, args.num_classes, with_images)
+def read_codes(stem, T, codebook_size, num_classes, i, _):
+    found = []
+    for part in ("codes", "labels"):
+        with open(f"{stem}_{part}/{i}.npy", "rb") as file:
+            found += [torch.from_numpy(np.lib.format.read_array(file)).long()]  # np.load: EOFError on none
+    codes, label = found
+    if codes.dim() != 3 or codes.shape[2] != T or label.numel() != 1:
+        raise ValueError(f"codes of shape {tuple(codes.shape)}: wanted (1, n_aug, {T}), and one label")
+    in_range("codes", codes, codebook_size)
+    in_range("labels", label, num_classes)
+    return codes[0], label.view(())
 
 
 def read(data, indices, num_workers):
-    """For each list of indices: images, codes, labels, three tuples; what can't be read ends the run."""
+    """For each list of indices: x, a tuple, and labels (B,); what can't be read ends the run."""
     for items in DataLoader(data, batch_sampler=indices, num_workers=num_workers, collate_fn=list):
-        for item in items:
-            if isinstance(item, str):
-                die(item)
-        yield zip(*items)
+        for x, why, i in items:
+            if x is None:
+                die(f"image {i} of --data-path or --code-path can't be read ({why})")
+        x, labels, _ = zip(*items)
+        yield x, torch.stack(labels)
 
 
 def batches(data, batch_size, seed, start, steps, num_workers, rank, world):
-    """Yields images (B, 3, H, W) or None, codes (B, T) or None, labels (B,), a step each.
+    """Yields x (B, …) and labels (B,) a step: images (B, 3, H, W), codes (B, T), or nothing (B, 0).
 
     A rank gets every world-th item, so what a step sees doesn't depend on the world; batch_size = B · world.
     Of an image's augmentations in code files one is drawn, from (seed, step).
     """
     index = (step_index(len(data), batch_size, seed, s).tolist()[rank::world] for s in range(start, steps))
-    for step, (images, codes, labels) in enumerate(read(data, index, num_workers), start):
-        draws = torch.rand(batch_size, generator=step_generator(seed, step))[rank::world].tolist()
-        if codes[0] is not None:
-            codes = torch.stack([x[int(u * len(x))] for x, u in zip(codes, draws)])
-        yield (None if images[0] is None else torch.stack(images), None if codes[0] is None else codes,
-               torch.tensor(labels))
+    for step, (x, labels) in enumerate(read(data, index, num_workers), start):
+        if x[0].dim() == 2:
+            draws = torch.rand(batch_size, generator=step_generator(seed, step))[rank::world].tolist()
+            x = [codes[int(u * len(codes))] for codes, u in zip(x, draws)]
+        yield torch.stack(list(x)), labels
 
 
-def write_codes(data, vq, folder, size, device, batch_size, num_workers, rank, world):
+def write_codes(data, vq, args, device, rank, world):
     """--extract-codes: a file (1, 1, T) int64 and one (1,) an image; each process writes every world-th."""
-    parts = torch.arange(rank, len(data), world).split(batch_size)
-    found = read(data, [part.tolist() for part in parts], num_workers)
-    for part, (images, _, labels) in zip(parts, found):
-        codes = vq.encode(torch.stack(images).to(device)).flatten(1).cpu().numpy()
-        for i, row, label in zip(part.tolist(), codes, labels):
-            for name, x in (("codes", row[None, None]), ("labels", np.array([label]))):
-                atomic_write(f"{folder}/imagenet{size}_{name}/{i}.npy", lambda file: np.save(file, x))
+    parts = [part.tolist() for part in torch.arange(rank, len(data), world).split(args.sample_batch_size)]
+    for part, (x, labels) in zip(parts, read(data, parts, args.num_workers)):
+        codes = vq.encode(torch.stack(x).to(device)).flatten(1).cpu()
+        for i, row, label in zip(part, codes.numpy(), labels.numpy()):
+            stem = f"{args.extract_codes}/imagenet{args.image_size}"
+            atomic_write(f"{stem}_codes/{i}.npy", lambda file: np.save(file, row[None, None]))
+            atomic_write(f"{stem}_labels/{i}.npy", lambda file: np.save(file, label[None]))

@@ -49,7 +49,7 @@ class Args:
     image_size: int | None = None  # 256, 384 or 512; on digits an even number
     downsample_size: int | None = None  # 8 or 16
     num_classes: int | None = None
-    cls_token_num: int = 1
+    cls_token_num: Literal[1] = 1
     data_path: str | None = None  # what datasets.save_to_disk wrote
     code_path: str | None = None  # code files, in place of images
     extract_codes: str | None = None  # write such files to this folder, and leave
@@ -104,26 +104,18 @@ class Args:
 def began_alike(path, args, batch):
     """The state in a checkpoint; other arguments than it began with are refused, but the world may change."""
     state = checkpoint.load(path, "state", "python -m vision.c2i_grpo", ("step", "args"))
-    began = {**state["args"], "the global batch": state["batch"]}
     for name, value in {**asdict(args), "the global batch": batch}.items():
-        if name not in MAY_CHANGE and began.get(name) != value:
-            die(f"--resume: {path} began with {name} {began.get(name)}, not {value}: give the same")
+        if name not in MAY_CHANGE and state["args"].get(name) != value:
+            die(f"--resume: {path} began with {name} {state['args'].get(name)}, not {value}: give the same")
     torch.set_num_threads(state["threads"])
     return state
 
 
-def open_log(args, device, steps, start):
-    """-> the CSV's log, and a function (path, step) that shows a picture to W&B, if that is asked for."""
-    write_run_record(args.log, args, device=str(device), world=dist.world())
-    log = Log(args.log, COLUMNS, steps, start)
-    if not args.use_wandb:
-        return log, lambda path, step: None
+def start_wandb(args):
     os.environ.setdefault("WANDB_MODE", "offline")
-    wandb = need("wandb", "log")
-    run = wandb.init(project=args.wandb_project, entity=args.wandb_entity, dir=str(Path(args.log).parent),
-                     name=args.wandb_run_name or Path(args.log).stem, config=asdict(args))
-    log.tracker = lambda values, step: run.log(values, step=step)
-    return log, lambda path, step: run.log({"images": wandb.Image(str(path))}, step=step)
+    return need("wandb", "log").init(
+        project=args.wandb_project, entity=args.wandb_entity, dir=str(Path(args.log).parent),
+        name=args.wandb_run_name or Path(args.log).stem, config=asdict(args))
 
 
 def main(args):
@@ -142,15 +134,14 @@ def main(args):
         score_images = pick_reward(args, net, is_digits)
         data = load_data(args, is_digits, T)
         if args.extract_codes:
-            write_codes(data, vq, args.extract_codes, args.image_size, device, B, args.num_workers, rank,
-                        world)
+            write_codes(data, vq, args, device, rank, world)
             print(f"wrote the codes of {len(data)} images to {args.extract_codes}")
             return
         if len(data) < B * world:
             die(f"the data hold {len(data)} images, a step takes {B * world}: lower --sample-batch-size")
         steps = min(args.epochs * (len(data) // (B * world)), args.max_steps or 10**12)
-        objective = replace(OBJECTIVES["grpo"], eps_low=args.clip_range, eps_high=args.clip_range,
-                            beta=args.beta)
+        eps = args.clip_range
+        objective = replace(OBJECTIVES["grpo"], eps_low=eps, eps_high=eps, beta=args.beta)
         ref, policy = (dist.wrap(model, args.data_parallel, dtype, grad_dtype, device)
                        for model in (copy.deepcopy(bare).requires_grad_(False), bare))
         optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(args.beta1, args.beta2),
@@ -160,7 +151,11 @@ def main(args):
             dist.load(folder, policy, optimizer)
             start, seconds, samples = (state[k] for k in ("step", "seconds", "samples"))
             steps = max(steps, start)
-        log, show = open_log(args, device, steps, start) if rank == 0 else (None, None)
+        if rank == 0:
+            write_run_record(args.log, args, device=str(device), world=world)
+            log = Log(args.log, COLUMNS, steps, start)
+            run = start_wandb(args) if args.use_wandb else None
+            log.tracker = run and run.log
     interrupt = Interrupt()
     parts = torch.arange(B).split(args.train_batch_size)
     updates = len(parts) // args.gradient_accumulation_steps
@@ -177,7 +172,7 @@ def main(args):
         with autocast(), dist.whole(model, args.data_parallel != "sdp"):
             if truth is None:
                 return getattr(model, "module", model).sample(  # one prefill a group
-                    labels, G, top_k=args.top_k, top_p=args.top_p, uniforms=uniforms, return_kept=True, **how)
+                    labels, uniforms, G, top_k=args.top_k, top_p=args.top_p, **how)
             found = []
             for part, u in zip(parts, uniforms.split(args.train_batch_size * G)):
                 logits = guided_logits(model, truth[part, :-1], labels[part], args.cfg_scale)  # (b, T, V)
@@ -186,22 +181,23 @@ def main(args):
             return [None if x[0] is None else torch.cat(x) for x in zip(*found)]
 
     def evaluate(model):
-        """On digits: numbers, and the first ten images a class; the same draws at every call."""
+        """On digits: numbers, and the images, a class after the other; the same draws at every call."""
         labels = torch.arange(10, device=device).repeat_interleave(args.eval_images)
         uniforms = torch.rand(len(labels), T, generator=step_generator(seed, 10**6))
         images = decode(vq, sample(model, labels, 1, uniforms)[0])
         found = judged(images, labels, judge)
         if args.reward != "mse":
             found["eval_r"] = score_images(images, labels, None).mean()
-        return found, images.unflatten(0, (10, -1))[:, :10].flatten(0, 1)
+        return found, images
 
     def save(step):
-        dist.save(f"{args.ckpt_dir}/{step:07d}", policy, optimizer, step, args.ckpt_sharded, batch=B * world,
-                  args=asdict(args), seconds=seconds, samples=samples, threads=torch.get_num_threads())
+        dist.save(f"{args.ckpt_dir}/{step:07d}", policy, optimizer, step, args.ckpt_sharded,
+                  args={**asdict(args), "the global batch": B * world}, seconds=seconds, samples=samples,
+                  threads=torch.get_num_threads())
 
     before = evaluate(ref) if is_digits else None
-    for step, (images, codes, labels) in enumerate(
-            batches(data, B * world, seed, start, steps, args.num_workers, rank, world), start):
+    loader = batches(data, B * world, seed, start, steps, args.num_workers, rank, world)
+    for step, (x, labels) in enumerate(loader, start):
         row = {}
         if args.ckpt_every and step % args.ckpt_every == 0 and step > start:
             save(step)
@@ -210,12 +206,11 @@ def main(args):
         clock = time.perf_counter()
 
         # ---- rollout: G images of each of B classes ----
-        labels, truth = labels.to(device), None
+        labels, x, truth = labels.to(device), x.to(device), None
         uniforms = torch.rand(B * world, G, T, generator=step_generator(seed, step))
         uniforms = uniforms[rank::world].flatten(0, 1).to(device)  # (B·G, T)
         if forced:
-            with torch.no_grad():
-                truth = vq.encode(images.to(device)).flatten(1) if codes is None else codes.to(device)
+            truth = x if args.code_path else vq.encode(x).flatten(1)  # (B, T)
         action, logp_sampled, kept = sample(policy, labels, G, uniforms, truth)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -224,7 +219,7 @@ def main(args):
         # ---- reward ----
         drawn, true_images = decode(vq, action), None
         if forced:  # files of codes hold no image: what the tokenizer makes of them stands for it
-            true_images = decode(vq, truth) if images is None else (images.to(device) + 1) / 2
+            true_images = decode(vq, truth) if args.code_path else (x + 1) / 2
             true_images = true_images.repeat_interleave(G, 0)
         reward = score_images(drawn, labels.repeat_interleave(G), true_images).view(B, G)
 
@@ -280,16 +275,18 @@ def main(args):
             log.write(step=step, samples=samples, seconds=seconds, sampling_s=sampling_s,
                       peak_mem_mb=peak_mem_mb(device), **sums, **row)
         if rank == 0 and args.log_image_every and step % args.log_image_every == 0:
-            show(picture(f"{args.ckpt_dir}/samples/{step:07d}.png", drawn[:8 * G], min(8, B)), step)
+            path = picture(f"{args.ckpt_dir}/samples/{step:07d}.png", drawn[:8 * G], min(8, B))
+            if run is not None:
+                run.log({"images": need("wandb", "log").Image(path)}, step=step)
         if stop:
             save(step + 1)
             with dist.one_voice():
                 interrupt.leave(resume_command())
     if args.ckpt_every:
         save(steps)
-    found = {"before": before, "after": evaluate(policy)} if is_digits else {}
+    after = evaluate(policy) if is_digits else None
     if rank == 0:
-        report(args, log, steps, found, judge)
+        report(args, log, steps, before, after, judge)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 The digits' tokenizer, GPT and two classifiers are trained here, once, and kept under --ckpt-dir.
 Left out: LlamaGen's own training, perceptual rewards. Run: python -m vision.c2i_grpo
 """
-import functools
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from utils import checkpoint, dist
-from utils.cli import at_least, atomic_write, die
+from utils.cli import at_least, atomic_write, die, need
 from utils.rewards import checked, load_reward
 from vision.c2i_data import digits
 from vision.cnn import build
@@ -56,7 +54,6 @@ def resolve(args):
     factor, size = TOKENIZERS[args.vq_model].downsample, args.image_size
     batch = args.train_batch_size * args.gradient_accumulation_steps
     wrong = {
-        f"--cls-token-num {args.cls_token_num}: wanted 1, as in LlamaGen's": args.cls_token_num != 1,
         f"--downsample-size {args.downsample_size}: --vq-model {args.vq_model} has {factor}":
             args.downsample_size != factor,
         f"--image-size {size} is no multiple of the downsample factor {factor}": size % factor,
@@ -71,8 +68,8 @@ def resolve(args):
         "--beta1, --beta2: wanted numbers below 1": max(args.beta1, args.beta2) >= 1,
         "--reward mse: a free sample has no true image. Wanted --sampling teacher-forced, or classifier":
             args.reward == "mse" and args.sampling == "autoregressive"}
-    for message in (message for message, found in wrong.items() if found):
-        die(message)
+    if found := [message for message, is_so in wrong.items() if is_so]:
+        die(found[0])
     return args, is_digits
 
 
@@ -86,32 +83,28 @@ def load_models(args, is_digits, device):
                      block_size=(args.image_size // args.downsample_size) ** 2)
     net = judge = None
     if is_digits:
-        x, y = digits(args.image_size)
+        x, y = digits(args.image_size).images, digits(args.image_size).targets
         with torch.no_grad():  # begins on the data: codes that no image is near would never be used
             seen = vq.embed(x[:args.codebook_size]).flatten(0, 2)
             vq.quantize.embedding.weight.copy_(seen[torch.randperm(len(seen))[:args.codebook_size]])
-        fit(args, "vq", vq, args.vq_steps, lambda i: vq.loss(x[i])[0])
+        fit(args, "vq", vq, args.vq_steps, lambda i: vq.loss(x[i]))
     else:
         load_official(vq, args.vq_ckpt)
-    if args.gpt_ckpt is not None:
-        gpt = load_gpt(config, args.gpt_ckpt, args.from_fsdp)
-    else:
-        gpt = ImageGPT(config)
-        if is_digits:
-            @functools.cache  # made when it is needed: not where the GPT is there already
-            @torch.no_grad()
-            def codes():
-                return vq.encode(x).flatten(1)  # (N, T)
-            fit(args, "gpt", gpt, args.gpt_steps, lambda i: F.cross_entropy(
-                gpt(codes()[i, :-1], y[i]).flatten(0, 1), codes()[i].flatten()))
-        elif dist.rank() == 0:
-            print(f"no --gpt-ckpt: {args.gpt_model}'s weights are random")
+    gpt = load_gpt(config, args.gpt_ckpt, args.from_fsdp) if args.gpt_ckpt else ImageGPT(config)
     if is_digits:
+        if not args.gpt_ckpt:
+            with torch.no_grad():
+                codes = vq.encode(x).flatten(1)  # (N, T)
+            fit(args, "gpt", gpt, args.gpt_steps, lambda i: F.cross_entropy(
+                gpt(codes[i, :-1], y[i]).flatten(0, 1), codes[i].flatten()))
         net, judge = (build("small", 10, "none") for _ in range(2))
         for name, cnn in (("reward", net), ("judge", judge)):
             fit(args, name, cnn, args.classifier_steps, lambda i: F.cross_entropy(cnn((x[i] + 1) / 2), y[i]))
-    elif args.reward == "classifier":
-        net = build(args.classifier, args.num_classes, args.classifier_weights)
+    else:
+        if not args.gpt_ckpt:
+            print(f"no --gpt-ckpt: {args.gpt_model}'s weights are random")
+        if args.reward == "classifier":
+            net = build(args.classifier, args.num_classes, args.classifier_weights)
     for frozen in (vq, net, judge):
         if frozen is not None:
             frozen.to(device).eval().requires_grad_(False)
@@ -192,38 +185,31 @@ def judged(images, labels, judge):
     Diversity is the RMS difference of two images of a class, mean over pairs, then over classes.
     """
     spread = [F.pdist(images[labels == c].flatten(1)).mean() for c in labels.unique()]
-    real = (digits(images.shape[-1])[0].to(images.device) + 1) / 2
+    real = (digits(images.shape[-1]).images.to(images.device) + 1) / 2
     return {"accuracy": (judge(images).argmax(1) == labels).float().mean().item(),
             "diversity": torch.stack(spread).mean().item() / images[0].numel() ** 0.5,
             "frechet": frechet(judge.features(images), judge.features(real))}
 
 
-def picture(path, images, rows, gap=False):
-    """Writes a PNG of images (rows · n, 3, H, W) in 0 … 1, a line a row; gap: in the middle of a line."""
-    images = images.float().cpu()
-    zoom = max(1, 32 // images.shape[-1])
-    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    images = F.pad(images, (2, 2, 2, 2), value=1.0).unflatten(0, (rows, -1))  # (rows, n, 3, H, W)
-    n, width = images.shape[1], images.shape[-1]
-    sheet = images.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, rows · H, n · W)
-    if gap:
-        left, right = sheet.split([n // 2 * width, (n - n // 2) * width], 2)
-        sheet = torch.cat([F.pad(left, (0, width // 2), value=1.0), right], 2)
-    pixels = (sheet * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).numpy()  # = 127.5·x + 128 of x in -1 … 1
-    atomic_write(path, lambda file: Image.fromarray(pixels).save(file, format="png"))
+def picture(path, images, rows):
+    """Writes a PNG of images (rows · n, 3, H, W) in 0 … 1, a line a row, small ones enlarged."""
+    images = F.interpolate(images.float(), scale_factor=max(1, 32 // images.shape[-1]))
+    save_image = need("torchvision.utils", "c2i").save_image
+    atomic_write(path, lambda file: save_image(images, file, "png", nrow=len(images) // rows, pad_value=1.0))
     return path
 
 
-def report(args, log, steps, found, judge):
+def report(args, log, steps, before, after, judge):
     """On digits the CSV's last row, a table, and a picture: a line a class, on the left before the run."""
-    if found:
-        log.write(step=steps, **found["after"][0])
-        x, y = (part.to(next(judge.parameters()).device) for part in digits(args.image_size, "test"))
-        real = judged((x + 1) / 2, y, judge)
+    if judge is not None:
+        log.write(step=steps, **after[0])
+        val, device = digits(args.image_size, "val"), after[1].device
+        real = judged((val.images.to(device) + 1) / 2, val.targets.to(device), judge)
         print(f"{'':12}{'accuracy':>10}{'diversity':>11}{'Fréchet':>9}")
-        for name, row in {**{name: row for name, (row, _) in found.items()}, "real digits": real}.items():
+        for name, row in (("before", before[0]), ("after", after[0]), ("real digits", real)):
             print(f"{name:12}{row['accuracy']:>10.1%}{row['diversity']:>11.3f}{row['frechet']:>9.2f}")
-        both = torch.cat([images.unflatten(0, (10, -1)) for _, images in found.values()], 1).flatten(0, 1)
-        print(f"wrote {picture(Path(args.log).with_suffix('.png'), both, 10, gap=True)}")
+        first, last = (images.unflatten(0, (10, -1))[:, :10] for _, images in (before, after))
+        both = torch.cat([first, torch.ones_like(first[:, :1]), last], 1).flatten(0, 1)  # a gap between them
+        print(f"wrote {picture(Path(args.log).with_suffix('.png'), both, 10)}")
     log.close()
     print(f"wrote {args.log}" + f" and {args.ckpt_dir}/{steps:07d}" * bool(args.ckpt_every))

@@ -3,7 +3,7 @@
 LlamaGen (arXiv:2406.06525): Llama's blocks, rotary positions in two dimensions (RoPE, arXiv:2104.09864) and
 classifier-free guidance (CFG, arXiv:2207.12598). Parameter names are LlamaGen's, so its weights load.
 Slot 0 of the sequence holds the class, slot 1 + t holds code t; the logits at slot t are those of code t.
-Left out: text conditions, several class slots, drop path; paged caches belong in a server.
+Left out: text conditions, several class slots, training with null labels, drop path.
 Run: python -m vision.c2i_grpo
 """
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import plain_attention
-from vision.sampling import check_sampling, draw, guide, guided_steps, score
+from vision.sampling import check_sampling, draw, guide, guided_steps
 from vision.vq import in_range, load_official  # noqa: F401  (the one loader serves both models)
 
 
@@ -36,14 +36,11 @@ class ImageGPTConfig:
     attn_dropout_p: float = 0.0
     resid_dropout_p: float = 0.0
     ffn_dropout_p: float = 0.0
-    class_dropout_prob: float = 0.0          # share of labels that `forward` makes null, in train mode alone
 
     def __post_init__(self):
-        if self.dim % self.n_head or self.dim // self.n_head % 4:
-            raise ValueError(f"dim {self.dim}, n_head {self.n_head}: wanted dim / n_head a multiple of 4, as "
-                             "half of a head's pairs turn with the row, half with the column")
-        if self.n_head % self.kv_heads:
-            raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        if self.dim % (4 * self.n_head) or self.n_head % self.kv_heads:
+            raise ValueError(f"dim {self.dim}, n_head {self.n_head}, n_kv_head {self.n_kv_head}: wanted dim "
+                             "/ n_head a multiple of 4 (a row's, a column's pairs), n_head one of n_kv_head")
         if self.block_size < 1 or math.isqrt(self.block_size) ** 2 != self.block_size:
             raise ValueError(f"block_size {self.block_size}: wanted a square number, that of a square grid")
 
@@ -57,9 +54,7 @@ class ImageGPTConfig:
 
     @property
     def ffn_dim(self):
-        width = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
+        width = int(int(2 * 4 * self.dim / 3) * (self.ffn_dim_multiplier or 1))
         return math.ceil(width / self.multiple_of) * self.multiple_of
 
 
@@ -120,8 +115,7 @@ class Slots:
         if not self.cached:
             return k, v
         if layer not in self.kv:  # here their dtype is known, whatever autocast and FSDP do to the weights'
-            shape = (*k.shape[:2], len(self.table), k.shape[3])
-            self.kv[layer] = [k.new_empty(shape), v.new_empty(shape)]
+            self.kv[layer] = [x.new_empty(*x.shape[:2], len(self.table), x.shape[3]) for x in (k, v)]
         kept = [x[:len(k)] for x in self.kv[layer]]
         for x, new in zip(kept, (k, v)):
             x[:, :, self.start:self.stop] = new
@@ -182,10 +176,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config)
-        self.ffn_norm = RMSNorm(config)
+        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.attention_norm, self.ffn_norm = RMSNorm(config), RMSNorm(config)
 
     def forward(self, x, slots):
         x = x + self.attention(self.attention_norm(x), slots)
@@ -214,25 +206,21 @@ class ImageGPT(nn.Module):
     def forward(self, codes, labels, slots=None):
         """codes (B, T), labels (B,) -> float32 logits (B, T + 1, V), those at t of code t; T: 0 … block_size.
 
-        Label num_classes is the null class; in train mode class_dropout_prob of the labels become it.
-        slots: of a sampling pass; once they hold the class, `labels` is not read and the result is (B, T, V).
+        Label num_classes is the null class. slots: of a sampling pass; once they hold the class, `labels` is
+        not read and the result is (B, T, V).
         """
-        c, T, first = self.config, codes.shape[1], slots is None or slots.stop == 0
+        c = self.config
         slots = Slots(c, codes.device) if slots is None else slots
-        assert first or T == 1, f"codes have shape {tuple(codes.shape)}, wanted (B, 1) behind cached slots"
-        if slots.stop + T + first > c.block_size + 1:
-            raise ValueError(f"{T} codes a row: an image has {c.block_size} (block_size)")
-        if first and labels.shape != codes.shape[:1]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, wanted one a row of codes "
-                             f"{tuple(codes.shape)}")
-        if codes.device.type == "cpu" and first:
-            in_range("codes", codes, c.vocab_size)
-            in_range("labels", labels, c.num_classes + 1)
+        first = slots.stop == 0
+        if first:
+            if codes.shape[1] > c.block_size or labels.shape != codes.shape[:1]:
+                raise ValueError(f"codes have shape {tuple(codes.shape)}, labels {tuple(labels.shape)}: "
+                                 f"wanted at most {c.block_size} codes a row (block_size), and a label")
+            if codes.device.type == "cpu":
+                in_range("codes", codes, c.vocab_size)
+                in_range("labels", labels, c.num_classes + 1)
         x = self.tok_embeddings(codes)
         if first:
-            if self.training and c.class_dropout_prob and not slots.cached:
-                null = torch.rand(labels.shape, device=labels.device) < c.class_dropout_prob
-                labels = labels.masked_fill(null, c.num_classes)
             x = torch.cat([self.cls_embedding["embedding_table"](labels)[:, None], x], dim=1)
         slots.extend(x.shape[1])
         x = F.dropout(x, c.token_dropout_p, self.training)
@@ -241,27 +229,22 @@ class ImageGPT(nn.Module):
         return self.output(self.norm(x)).float()
 
     @torch.no_grad()
-    def sample(self, labels, group_size=1, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0,
-               top_p=1.0, generator=None, uniforms=None, return_kept=False):
+    def sample(self, labels, uniforms, group_size=1, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0,
+               top_p=1.0):
         """G images for each of B labels: codes (B·G, T) int32, logp (B·G, T), kept (B·G, T, V) bool or None.
 
         T = block_size. The images of a label stand side by side; its slot is prefilled once for all of them.
-        Order: guidance, temperature, top_k, top_p; kept is None where not asked for or all are kept.
-        Draws are inverse-CDF on uniforms (B·G, T), from `generator` unless given. logp is that of the
-        distribution sampled from, so `score` with the same settings and `kept` gives it again.
-        Dropout follows the module's mode. ValueError on a setting or a label out of range.
+        Order: guidance, temperature, top_k, top_p; kept is None where all codes are.
+        Draws are inverse-CDF on uniforms (B·G, T). logp is that of the distribution sampled from, so `score`
+        with the same settings and `kept` gives it again. Dropout follows the module's mode.
+        ValueError on a setting or a label out of range.
         """
         c, device, N = self.config, labels.device, len(labels) * group_size
         check_sampling(cfg_scale, temperature, top_k, top_p)
         in_range("labels", labels, c.num_classes)
-        if uniforms is None:
-            where = "cpu" if generator is None else generator.device
-            uniforms = torch.rand(N, c.block_size, generator=generator, device=where)
-        uniforms = uniforms.to(device)
         n_guided = guided_steps(c.block_size, cfg_scale, cfg_interval)
         codes = torch.zeros(N, c.block_size, dtype=torch.int32, device=device)
-        logp = torch.zeros(N, c.block_size, device=device)
-        all_kept = []
+        found = []
         slots = Slots(c, device, cached=True)
         rows = torch.cat([labels, torch.full_like(labels, c.num_classes)]) if n_guided else labels
         logits = self(codes.new_zeros(len(rows), 0), rows, slots).repeat_interleave(group_size, 0)
@@ -269,21 +252,17 @@ class ImageGPT(nn.Module):
         for t in range(c.block_size):
             if t:
                 last = codes[:, t - 1:t]
-                last = torch.cat([last, last]) if t < n_guided else last
-                logits = self(last, None, slots)  # (2N or N, 1, V)
+                logits = self(torch.cat([last, last]) if t < n_guided else last, None, slots)
             if t < n_guided:
                 logits = guide(*logits.chunk(2), cfg_scale)
-            action, logp[:, t], kept = draw(logits[:, 0], uniforms[:, t], temperature, top_k, top_p)
-            codes[:, t] = action
-            if return_kept and kept is not None:
-                all_kept.append(kept)
-        return codes, logp, torch.stack(all_kept, 1) if all_kept else None
+            found.append(draw(logits[:, 0], uniforms[:, t].to(device), temperature, top_k, top_p))
+            codes[:, t] = found[t][0]
+        _, logp, kept = zip(*found)
+        return codes, torch.stack(logp, 1), None if kept[0] is None else torch.stack(kept, 1)
 
     def generate(self, labels, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
                  generator=None):
         """An image for each label: (B,) -> codes (B, block_size), int32. See `sample`; top_k=1 is greedy."""
-        return self.sample(labels, 1, cfg_scale, cfg_interval, temperature, top_k, top_p, generator)[0]
-
-    def score(self, codes, labels, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, kept=None):
-        """codes (B, T), labels (B,) -> logp, entropy (B, T): vision.sampling.score, with a gradient."""
-        return score(self, codes, labels, cfg_scale, cfg_interval, temperature, kept)
+        where = "cpu" if generator is None else generator.device
+        uniforms = torch.rand(len(labels), self.config.block_size, generator=generator, device=where)
+        return self.sample(labels, uniforms, 1, cfg_scale, cfg_interval, temperature, top_k, top_p)[0]

@@ -8,6 +8,7 @@ Run: python -m vision.c2i_grpo
 """
 import argparse
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,15 @@ class VQConfig:
 VQS = {"VQ-16": VQConfig(), "VQ-8": VQConfig(ch_mult=(1, 2, 2, 4))}
 
 
-# ---- layers: (B, C, H, W) -> (B, C', H', W') ----
+# ---- layers: (B, C, H, W) -> (B, C', H', W'); the keywords of `chain` are names in LlamaGen's files ----
+def chain(**parts):
+    return nn.Sequential(OrderedDict(parts))
+
+
+def conv3(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
 def group_norm(channels):
     """32 groups; where these don't divide a small model's channels, the largest power of two that does."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
@@ -44,17 +53,13 @@ def group_norm(channels):
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1 = group_norm(c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = group_norm(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.norm1, self.conv1 = group_norm(c_in), conv3(c_in, c_out)
+        self.norm2, self.conv2 = group_norm(c_out), conv3(c_out, c_out)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.conv2(F.silu(self.norm2(h))) + self.nin_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -72,22 +77,12 @@ class Attention(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom alone
+def downsample(c):
+    return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))  # pads right and bottom
 
 
-class Upsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(c):
+    return chain(nearest=nn.Upsample(scale_factor=2.0), conv=conv3(c, c))
 
 
 class Level(nn.Module):
@@ -96,67 +91,43 @@ class Level(nn.Module):
     def __init__(self, c_in, c_out, n_res, attention, down=False, up=False):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(n_res))
-        self.attn = nn.ModuleList(Attention(c_out) for _ in range(n_res if attention else 0))
-        if down:
-            self.downsample = Downsample(c_out)
-        if up:
-            self.upsample = Upsample(c_out)
+        self.attn = nn.ModuleList(Attention(c_out) if attention else nn.Identity() for _ in range(n_res))
+        self.downsample = downsample(c_out) if down else nn.Identity()
+        self.upsample = upsample(c_out) if up else nn.Identity()
 
     def forward(self, x):
-        for i, res in enumerate(self.res):
-            x = res(x)
-            x = self.attn[i](x) if len(self.attn) else x
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+        for res, attn in zip(self.res, self.attn):
+            x = attn(res(x))
+        return self.upsample(self.downsample(x))
 
 
 def middle(c):
-    return nn.ModuleList([ResBlock(c, c), Attention(c), ResBlock(c, c)])
+    return nn.Sequential(ResBlock(c, c), Attention(c), ResBlock(c, c))
 
 
-class Encoder(nn.Module):
+def encoder(config):
     """Images (B, 3, H, W) -> (B, z_channels, h, w)."""
-
-    def __init__(self, config):
-        super().__init__()
-        widths = [config.ch * m for m in config.ch_mult]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
-        self.conv_blocks = nn.ModuleList(
+    widths = [config.ch * m for m in config.ch_mult]
+    last = len(widths) - 1
+    return chain(
+        conv_in=conv3(3, config.ch),
+        conv_blocks=nn.Sequential(*(
             Level(widths[i - 1] if i else config.ch, width, n_res=2, attention=i == last, down=i < last)
-            for i, width in enumerate(widths))
-        self.mid = middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for part in (*self.conv_blocks, *self.mid):
-            x = part(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            for i, width in enumerate(widths))),
+        mid=middle(widths[-1]), norm_out=group_norm(widths[-1]), swish=nn.SiLU(),
+        conv_out=conv3(widths[-1], config.z_channels))
 
 
-class Decoder(nn.Module):
+def decoder(config):
     """(B, z_channels, h, w) -> images (B, 3, H, W); the deepest level is conv_blocks.0."""
-
-    def __init__(self, config):
-        super().__init__()
-        widths = [config.ch * m for m in reversed(config.ch_mult)]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
-        self.mid = middle(widths[0])
-        self.conv_blocks = nn.ModuleList(
+    widths = [config.ch * m for m in reversed(config.ch_mult)]
+    last = len(widths) - 1
+    return chain(
+        conv_in=conv3(config.z_channels, widths[0]), mid=middle(widths[0]),
+        conv_blocks=nn.Sequential(*(
             Level(widths[max(i - 1, 0)], width, n_res=3, attention=i == 0, up=i < last)
-            for i, width in enumerate(widths))
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for part in (*self.mid, *self.conv_blocks):
-            x = part(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            for i, width in enumerate(widths))),
+        norm_out=group_norm(widths[-1]), swish=nn.SiLU(), conv_out=conv3(widths[-1], 3))
 
 
 # ---- the codebook ----
@@ -189,9 +160,7 @@ class VQModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = Codebook(config)
+        self.encoder, self.decoder, self.quantize = encoder(config), decoder(config), Codebook(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
@@ -222,18 +191,15 @@ class VQModel(nn.Module):
     def loss(self, images, beta=0.25):
         """|x̂ - x|² + |sg(z) - q|² + β·|z - sg(q)|², means: VQGAN's eq. 4 without its perceptual part.
 
-        images (B, 3, H, W) -> scalar, dict of mse, commitment, usage (the codebook's share in this batch).
-        Straight-through: x̂ = decode(z + sg(q - z)), so the encoder gets the decoder's gradient at q.
+        images (B, 3, H, W) -> scalar. Straight-through: x̂ = decode(z + sg(q - z)), so the encoder gets the
+        decoder's gradient at q.
         """
         z = self.embed(images)  # (B, h, w, D)
         with torch.no_grad():
             codes = self.quantize.nearest(z)
         q = self.quantize.lookup(codes)
         mse = F.mse_loss(self.from_vectors(z + (q - z).detach()), images)
-        commitment = F.mse_loss(z, q.detach())
-        loss = mse + F.mse_loss(q, z.detach()) + beta * commitment
-        usage = codes.unique().numel() / self.config.codebook_size
-        return loss, {"mse": mse.detach(), "commitment": commitment.detach(), "usage": usage}
+        return mse + F.mse_loss(q, z.detach()) + beta * F.mse_loss(z, q.detach())
 
 
 def in_range(name, ids, n):
@@ -245,21 +211,12 @@ def in_range(name, ids, n):
 
 # ---- LlamaGen's files ----
 def load_official(model, path):
-    """Fills an ImageGPT or a VQModel from a file of LlamaGen's, every key consumed; returns the model.
+    """Fills an ImageGPT or a VQModel from a file of LlamaGen's, or a folder's consolidated.pth; returns it.
 
-    A model on the meta device takes the file's tensors and their dtype; others keep their own.
-    """
-    weights = read_official(model, path)
-    model.load_state_dict(weights, assign=next(model.parameters()).is_meta)
-    return model
-
-
-def read_official(model, path):
-    """The weights in a file, or in a folder's consolidated.pth, checked against the model's names and shapes.
-
-    They may lie bare or under a name of model.wrapping; beside them an argparse.Namespace is let through and
-    thrown away. One line and exit code 2 where the file can't be read or a key is missing, too many or of
-    another shape; keys with a part in model.tolerated are left out.
+    The weights may lie bare or under a name of model.wrapping; beside them an argparse.Namespace is let
+    through and thrown away. One line and exit code 2 where the file can't be read or a key is missing, too
+    many or of another shape; keys with a part in model.tolerated are left out. A model on the meta device
+    takes the file's tensors and their dtype; others keep their own.
     """
     path = Path(path)
     path = path / "consolidated.pth" if path.is_dir() else path
@@ -271,20 +228,17 @@ def read_official(model, path):
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
         die(f"{path} can't be read as a checkpoint ({type(error).__name__}): empty, truncated, or it pickles "
             "more than tensors, plain values and argparse.Namespace (torch.save its state dict alone).")
-    if isinstance(found, dict):
-        name = next((name for name in model.wrapping if isinstance(found.get(name), dict)), None)
-        found = found if name is None else found[name]
-    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(w, torch.Tensor)
-                                              for k, w in found.items()):
-        seen = ", ".join(map(str, list(found)[:5])) if isinstance(found, dict) else type(found).__name__
-        die(f"{path} holds no state dict (found {seen}): wanted it bare or under {', '.join(model.wrapping)}")
-    found = {k: w for k, w in found.items() if not set(model.tolerated) & set(k.split("."))}
-    want = {k: tuple(w.shape) for k, w in model.state_dict().items()}
-    odd = [[f"lacks {k}" for k in want if k not in found],
-           [f"also has {k}" for k in found if k not in want],
-           [f"has {k} of shape {tuple(found[k].shape)}, not {shape}" for k, shape in want.items()
-            if k in found and found[k].shape != shape]]
-    if any(odd):
-        shown = [f"{'; '.join(o[:2])}{f' (and {len(o) - 2} more)' if len(o) > 2 else ''}" for o in odd if o]
-        die(f"{path} doesn't fit this {type(model).__name__}: it {'; '.join(shown)}. Is it of another size?")
-    return found
+    found = found if isinstance(found, dict) else {type(found).__name__: found}
+    found = next((found[name] for name in model.wrapping if isinstance(found.get(name), dict)), found)
+    if not all(isinstance(w, torch.Tensor) for w in found.values()):
+        die(f"{path} holds no state dict (found {', '.join(map(str, list(found)[:5]))}): wanted it bare or "
+            f"under {', '.join(model.wrapping)}")
+    found = {k: w for k, w in found.items() if not set(model.tolerated) & set(str(k).split("."))}
+    want, have = ({k: tuple(w.shape) for k, w in part.items()} for part in (model.state_dict(), found))
+    lost = [f"lacks {k} {shape}" for k, shape in want.items() if have.get(k) != shape]
+    extra = [f"also has {k} {shape}" for k, shape in have.items() if want.get(k) != shape]
+    if lost or extra:
+        die(f"{path} doesn't fit this {type(model).__name__}: it {'; '.join(lost[:2] + extra[:2])} "
+            f"(in all {len(lost)} lost, {len(extra)} too many). Is it of another size?")
+    model.load_state_dict(found, assign=next(model.parameters()).is_meta)
+    return model
