@@ -51,7 +51,7 @@ class Attention(nn.Module):
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=attn_mask is None)
         if cache is not None and slots is None:
-            cache[:] = k, v
+            cache[:] = k.contiguous(), v.contiguous()  # every later token reads them
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(N, T, C)), dropout)
 
 

@@ -8,6 +8,7 @@ Without torchrun each function does what one process needs. Run: torchrun --npro
 import contextlib
 import io
 import os
+import socket
 import sys
 import time
 
@@ -29,8 +30,12 @@ def one_voice():
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
             yield
     except SystemExit:
-        time.sleep(3)  # torchrun ends all with the first: rank 0 must come to speak
-        if errors.getvalue():  # still here: the trouble is this one's alone
+        # torchrun ends all with the first, so rank 0 must come to speak; is it still there, I am alone with this
+        where = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
+        with contextlib.suppress(OSError):
+            for _ in range(10):
+                time.sleep(1)
+                socket.create_connection(where, timeout=1).close()
             print(f"rank {rank()}: {errors.getvalue().strip()}", file=sys.stderr)
         raise
 
