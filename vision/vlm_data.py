@@ -1,8 +1,8 @@
 """Instructions with boxes: JSON or digit scenes; what an answer's text says, and what it earns.
 
 An example is {image, prompt, solution, size, scales} and whatever else its line holds (columns of a reward).
-The model says coordinates of the image that it saw, after the processor's resize: `scales` brings them back to
-pixels of the original, where the solution is.
+The model says coordinates of the image that it saw, after the processor's resize; `scales` brings them back
+to pixels of the original, where the solution is.
 Left out: several boxes an example, rotated ones.
 """
 import json
@@ -13,8 +13,9 @@ import torch
 
 from utils.cli import die
 from vision import rewards
-from vision.data import open_rgb
+from vision.data import open_rgb, to_tensor
 from vision.regions import digit_scenes
+from vision.show import grid
 
 NUMBER = r"-?\d+(?:\.\d+)?"
 CHAIN = re.compile(rf"(?<![\w.,\-−])[(\[]?\s*({NUMBER}(?:\s*[)\]]?\s*,\s*[(\[]?\s*{NUMBER})+)(?![\w.]*\w)")
@@ -85,8 +86,8 @@ def seen_size(processor, width, height):
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
     image = processor.image_processor
     if not (hasattr(image, "merge_size") and hasattr(image, "patch_size")):
-        die("this model's processor doesn't resize as Qwen2-VL's does: give each example `scales`, [sx, sy], the "
-            "original's pixels for one unit of what the model says ([1, 1]: pixels of the original)")
+        die("this model's processor doesn't resize as Qwen2-VL's does: give each example `scales`, [sx, sy], "
+            "pixels of the original for one unit of what the model says ([1, 1] if it says pixels)")
     try:
         h, w = smart_resize(height, width, image.patch_size * image.merge_size, image.size["shortest_edge"],
                             image.size["longest_edge"])
@@ -121,7 +122,8 @@ def load_examples(path, root, processor):
                 if line.strip():
                     rows.append(json.loads(line))
     except json.JSONDecodeError as error:
-        die(f"--data {path}: wrong JSON at line {first + error.lineno - 1}, column {error.colno}: {error.msg}")
+        line = first + error.lineno - 1
+        die(f"--data {path}: wrong JSON at line {line}, column {error.colno}: {error.msg}")
     if not rows:
         die(f"--data {path} has no examples: wanted at least one {{image, prompt, solution}}")
     return [check(row, f"--data {path}: example {i}", root, processor) for i, row in enumerate(rows)]
@@ -135,24 +137,22 @@ def numbers(row, name, lengths):
 
 def check(row, where, root, processor):
     """A line of the file as an example, or a message that says what is wrong with it."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k] for k in ("image", "prompt")):
-        die(f"{where}: wanted {{image: a file, prompt: an instruction, solution: [x1, y1, x2, y2] or [x, y]}}")
+    words = [row.get(name) for name in ("image", "prompt")] if isinstance(row, dict) else [None]
+    if not all(word and isinstance(word, str) for word in words):
+        die(f"{where}: wanted {{image: FILE, prompt: a text, solution: [x1, y1, x2, y2] or [x, y]}}")
     path = Path(root, row["image"])
     if not path.is_file():
         die(f"{where}: no image {path}: mend the name, or give --images_root")
-    try:
-        width, height = open_rgb(path).size
-    except (OSError, SyntaxError, ValueError) as error:
-        die(f"{where}: {path} can't be read as an image ({error})")
+    width, height = picture({"image": str(path)}, f"{where}: ").size
     box = numbers(row, "solution", (2, 4))
     if box is None:
-        die(f"{where}: solution {row.get('solution')}: wanted [x1, y1, x2, y2] or [x, y] in pixels of the image")
+        die(f"{where}: solution {row.get('solution')}: wanted [x1, y1, x2, y2] or [x, y] in pixels")
     if len(box) == 2 and 0 <= box[0] <= width and 0 <= box[1] <= height:  # stands for what is near it
         x, y, dx, dy = *box, width / 20, height / 20
         box = [x - dx, y - dy, x + dx, y + dy]
     elif len(box) == 2 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
-        die(f"{where}: solution {box} lies outside of the image or is inverted: wanted 0 <= x1 < x2 <= {width}, "
-            f"0 <= y1 < y2 <= {height}, pixels of {path.name}")
+        die(f"{where}: solution {box} lies outside of the image or is inverted: wanted 0 <= x1 < x2 <= "
+            f"{width}, 0 <= y1 < y2 <= {height}, pixels of {path.name}")
     scales = numbers(row, "scales", (2,))
     if "scales" in row and (scales is None or min(scales) <= 0):
         die(f"{where}: scales {row['scales']}: wanted [sx, sy], both above 0")
@@ -162,5 +162,25 @@ def check(row, where, root, processor):
     return row | {"image": str(path), "solution": box, "size": (width, height), "scales": scales}
 
 
-def picture(example):
-    return example["image"] if not isinstance(example["image"], str) else open_rgb(example["image"])
+def picture(example, where=""):
+    """The example's image as RGB."""
+    if not isinstance(example["image"], str):
+        return example["image"]
+    try:
+        return open_rgb(example["image"])
+    except (OSError, SyntaxError, ValueError) as error:
+        die(f"{where}{example['image']} can't be read as an image ({error})")
+
+
+def draw(path, examples, rows):
+    """A PNG of images, squeezed to squares, with true boxes and what rows {"before": texts, …} say."""
+    images = torch.stack([to_tensor(picture(e).resize((224, 224)), normalise=False) for e in examples])
+    sizes = torch.tensor([e["size"] * 2 for e in examples], dtype=torch.float32)
+    truth = torch.tensor([e["solution"] for e in examples]) / sizes
+    shown = {}
+    for name, texts in rows.items():
+        said = [original(parse_answer(text), e) or (-9.0,) * 4 for text, e in zip(texts, examples)]
+        boxes = torch.tensor([s if len(s) == 4 else s * 2 for s in said]) / sizes  # a point: a little square
+        around = torch.tensor([[-0.02, -0.02, 0.02, 0.02] if len(s) == 2 else [0.0] * 4 for s in said])
+        shown[name] = boxes + around
+    grid(path, images, truth, shown or {"data": truth})

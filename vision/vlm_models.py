@@ -1,4 +1,4 @@
-"""A tiny random Qwen2.5-VL with a tokenizer and processor of its own, and what all vision-language models need.
+"""A tiny random Qwen2.5-VL with tokenizer and processor of its own; sampling and scoring of any such model.
 
 Left out: video, several images a prompt.
 """
@@ -12,8 +12,8 @@ from utils.cli import die, need, writing
 from vision.data import step_index
 from vision.vlm_data import picture
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-           "<|video_pad|>"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|image_pad|>", "<|video_pad|>"]
 TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}{% if c.type == 'image' %}\
 <|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
@@ -24,7 +24,8 @@ TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 def lora(r):
     """peft's configuration: adapters on every linear layer of the text tower, none elsewhere."""
     from peft import LoraConfig
-    return LoraConfig(r=r, lora_alpha=2 * r, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
+    layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    return LoraConfig(r=r, lora_alpha=2 * r, target_modules=layers)
 
 
 def tiny_processor(side=112):
@@ -44,19 +45,20 @@ def tiny_processor(side=112):
     bpe.train_from_iterator(words, trainers.BpeTrainer(
         vocab_size=300, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=SPECIAL[2], pad_token=SPECIAL[0],
                                         padding_side="left", additional_special_tokens=SPECIAL)
     size = {"shortest_edge": 56 * 56, "longest_edge": side * side}
-    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(size=size, image_mean=[0.1] * 3, image_std=[0.25] * 3), tokenizer, Qwen2VLVideoProcessor(size=size),
-                               chat_template=TEMPLATE)
+    image = Qwen2VLImageProcessor(size=size, image_mean=[0.1] * 3, image_std=[0.25] * 3)  # scenes are dark
+    return Qwen2_5_VLProcessor(image, tokenizer, Qwen2VLVideoProcessor(size=size), chat_template=TEMPLATE)
 
 
 def tiny_model(tokenizer):
     """Under a million random parameters; with the usual initializer_range of 0.02 it barely learns."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
-    text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+    text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
             "rope_parameters": {"rope_type": "default", "rope_theta": 3.0, "mrope_section": [2, 7, 7]},
             "bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
             "initializer_range": 0.08}
@@ -79,7 +81,7 @@ def load_processor(path):
         return transformers.AutoProcessor.from_pretrained(path, padding_side="left")
     except (OSError, ValueError) as error:
         die(f"--model {path}: neither a folder with a model nor in the cache, and not to be had from the hub "
-            f"({type(error).__name__}). With a network: `hf download {path}`, then give the folder that it prints")
+            f"({type(error).__name__}). With a network: `hf download {path}`, then give the folder it prints")
 
 
 def load_model(path, **kwargs):
@@ -104,10 +106,41 @@ def save_folder(path, *parts):
             shutil.rmtree(tmp, ignore_errors=True)
 
 
+def trl_config(args, o, device):
+    """TRL's GRPOConfig: the row o of grpo.py, the fields of Args, and what --trl.NAME adds."""
+    from transformers import HfArgumentParser
+    from trl import GRPOConfig
+    ours = {"beta": o.beta, "learning_rate": args.lr, "num_generations": args.num_generations,
+            "per_device_train_batch_size": args.per_device_train_batch_size, "max_steps": args.steps,
+            "max_completion_length": args.max_completion_length, "temperature": args.temperature,
+            "loss_type": "grpo" if o.ratio == "sequence" else args.loss_type, "scale_rewards": o.scale,
+            "importance_sampling_level": o.ratio, "epsilon": o.eps_low, "epsilon_high": o.eps_high,
+            "use_bias_correction_kl": o.kl_ratio, "sapo_temperature_pos": o.tau_pos,
+            "sapo_temperature_neg": o.tau_neg, "seed": args.seed % 2**32, "output_dir": args.output_dir,
+            "save_steps": args.save_every, "shuffle_dataset": False, "remove_unused_columns": False,
+            "logging_steps": 1, "logging_nan_inf_filter": False}
+    free = {"use_cpu": device.type == "cpu", "bf16": False, "gradient_checkpointing": False,
+            "warmup_steps": 0, "lr_scheduler_type": "linear", "weight_decay": 0.0, "report_to": "none", "disable_tqdm": True,
+            "disable_dropout": True, "save_total_limit": 1}
+    parser = HfArgumentParser(GRPOConfig, allow_abbrev=False, add_help=False)
+    parser.error = lambda message: die(f"--trl: {message}")
+    takes_several = {action.dest: action.nargs in ("+", "*") for action in parser._actions}
+    for name, value in args.trl.items():
+        if name in ours or name not in takes_several:
+            why = "the script sets it" if name in ours else "trl.GRPOConfig has no such field"
+            die(f"--trl.{name}: {why}. Wanted a field of GRPOConfig that --help shows no flag for")
+        words = value.split() if takes_several[name] else [value]
+        free[name] = getattr(parser.parse_args([f"--{name}", *words]), name)
+    try:
+        return GRPOConfig(**ours, **free)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        die(f"TRL refuses this configuration: {' '.join(str(error).split())}")
+
+
 def inputs_of(processor, examples, device):
     """Images and instructions -> the tensors that the model takes, prompts padded on the left."""
-    chats = [[{"role": "user", "content": [{"type": "image", "image": picture(example)},
-                                           {"type": "text", "text": example["prompt"]}]}] for example in examples]
+    chats = [[{"role": "user", "content": [{"type": "image", "image": picture(e)},
+                                           {"type": "text", "text": e["prompt"]}]}] for e in examples]
     kinds = {"padding": True, "return_tensors": "pt"}
     return processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True,
                                          processor_kwargs=kinds).to(device)
@@ -128,10 +161,11 @@ def generate(model, inputs, processor, length, temperature=None):
     from transformers import GenerationConfig
     stops = model.generation_config.eos_token_id
     stops = {processor.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     config = GenerationConfig(
-        do_sample=temperature is not None, max_new_tokens=length, eos_token_id=list(stops), top_p=1.0, top_k=0,
-        temperature=temperature, repetition_penalty=1.0, pad_token_id=processor.tokenizer.pad_token_id,
-        suppress_tokens=[model.config.image_token_id], disable_compile=True)
+        **(how if temperature else {"do_sample": False}), max_new_tokens=length, eos_token_id=list(stops),
+        repetition_penalty=1.0, pad_token_id=processor.tokenizer.pad_token_id, disable_compile=True,
+        suppress_tokens=[model.config.image_token_id])  # as TRL does: no features would belong to it
     with torch.no_grad():
         answers = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1]:]
     stopped = torch.isin(answers, torch.tensor(list(stops), device=answers.device)).int()
@@ -142,7 +176,8 @@ def generate(model, inputs, processor, length, temperature=None):
 
 def score(model, inputs, answers, mask, temperature):
     """log π of the answers' tokens and the policy's entropy there: (N, T) x2."""
-    logits = model(**with_answers(inputs, answers, mask), logits_to_keep=answers.shape[1] + 1, use_cache=False).logits
+    inputs, T = with_answers(inputs, answers, mask), answers.shape[1]
+    logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits  # (N, T + 1, V)
     logq = (logits[:, :-1].float() / temperature).log_softmax(2)
     return logq.gather(2, answers[:, :, None])[:, :, 0], -(logq.detach().exp() * logq.detach()).sum(2)
 
