@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import REWARD_FILE, cli, numbers, read_csv
@@ -13,7 +14,15 @@ from PIL import Image, ImageDraw
 pytest.importorskip("trl")
 
 from vision import rewards, vlm_grpo  # noqa: E402
-from vision.vlm_data import Scorer, draw, load_examples, original, parse_answer, scenes, seen_size  # noqa: E402
+from vision.vlm_data import (  # noqa: E402
+    Scorer,
+    draw,
+    load_examples,
+    original,
+    parse_answer,
+    scenes,
+    seen_size,
+)
 from vision.vlm_models import (  # noqa: E402
     generate,
     inputs_of,
@@ -39,9 +48,9 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A tiny model after four steps of supervision: it says digits, not yet the right ones."""
+    """A tiny model after 20 steps of supervision: it says places, not yet the right ones."""
     path = tmp_path_factory.mktemp("vlm") / "start"
-    save_folder(path, *supervise(scenes(32, 0, "train"), 4, 3e-3, 0, "cpu"))
+    save_folder(path, *supervise(scenes(64, 0, "train"), 20, 3e-3, 0, "cpu"))
     return path
 
 
@@ -55,7 +64,7 @@ def example(box=(10, 20, 50, 60), size=(112, 112), scales=(1.0, 1.0)):
 
 
 def user_file(n=12, name="data.json", **changed):
-    """A data set of a user's: n images of two sizes with a bright box each; `changed`: of the last example."""
+    """A user's data set: n images of two sizes with a bright box each; `changed`: of the last example."""
     rows = []
     for i in range(n):
         size = (150, 90) if i % 2 else (60, 60)
@@ -87,10 +96,12 @@ def fails(capsys, *words):
 # ---- what a text says ----
 @pytest.mark.parametrize("text, said", [
     ("(12, 34)", (12, 34)), ("12,34", (12, 34)), ("067,046", (67, 46)), ("[12.5, 34]", (12.5, 34)),
-    ('{"point_2d": [12, 34], "label": "a 7"}', (12, 34)), ('{"x": 12, "y": 34}', (12, 34)), ("x=12, y=34", (12, 34)),
+    ('{"point_2d": [12, 34], "label": "a 7"}', (12, 34)), ('{"x": 12, "y": 34}', (12, 34)),
+    ("x=12, y=34", (12, 34)),
     ('```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "seven"}]\n```', (1, 2, 30, 40)),
     ("(1,2),(30,40)", (1, 2, 30, 40)), ("I see 3 digits; the 7 is at (12, 34).", (12, 34)),
-    ("(12, 34) or (56, 78)", (12, 34)), ("99999999999, 5", (99999999999, 5)), ("at 12 , 34, I think", (12, 34)),
+    ("(12, 34) or (56, 78)", (12, 34)), ("99999999999, 5", (99999999999, 5)),
+    ("at 12 , 34, I think", (12, 34)),
     ("(-12, 34)", None), ("12, -34", None), ("−12, 34", None), ("1, 2, 3", None), ("1,2,3,4,5", None),
     ("12", None), ("12 34", None), ("", None), ("none", None), ("1e3, 5", None), ("nan, inf", None),
     ("(1, 2, 3) then (4, 5)", None), ("v1.2.3, 4", None)])
@@ -99,21 +110,22 @@ def test_parsing(text, said):
 
 
 def test_rewards_by_hand():
-    texts = ["(30, 40)", "(10, 20)", "(9, 20)", "10, 20, 50, 60", "30, 20, 50, 60", "no idea", "500, 40", "(-3, 40)"]
+    texts = ["(30, 40)", "(10, 20)", "(9, 20)", "10, 20, 50, 60", "30, 20, 50, 60", "no idea", "500, 40",
+             "(-3, 40)"]
     parts = Scorer.parts(texts, [example()] * 8)
     assert parts["accuracy_reward_coord"].tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
     assert parts["format"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
     assert parts["iou"].tolist() == [0, 0, 0, 1, 0.5, 0, 0, 0]
-    corner = math.hypot(20, 20) / math.hypot(40, 40)  # half a diagonal
-    assert parts["distance"].tolist() == pytest.approx([1, 1 - corner, 1 - math.hypot(21, 20) / math.hypot(40, 40),
-                                                        0.5, 1 - 20 / math.hypot(40, 40), 0, 0, 0])
+    diagonal = math.hypot(40, 40)
+    assert parts["distance"].tolist() == pytest.approx([1, 0.5, 1 - math.hypot(21, 20) / diagonal, 0.5,
+                                                        1 - 20 / diagonal, 0, 0, 0])
     point = torch.tensor([[[30.0, 40.0], [70.0, 80.0], [900.0, 0.0]]])
     assert rewards.distance(point, torch.tensor([[10.0, 20, 50, 60]])).tolist() == [[1, 0, 0]]
 
 
 def test_weights_and_the_count_of_answers_without_a_place():
     scorer = Scorer([example()], {"accuracy_reward_coord": 1.0, "iou": 2.0, "distance": 0.0, "format": 0.25})
-    answers = [[{"role": "assistant", "content": "10, 20, 50, 60"}], [{"role": "assistant", "content": "?"}]]
+    answers = [[{"role": "assistant", "content": text}] for text in ("10, 20, 50, 60", "?")]
     assert scorer(completions=answers, index=[0, 0], trainer_state=None) == [3.25, 0.0]
     assert scorer.unparsed == 0.5
 
@@ -121,7 +133,7 @@ def test_weights_and_the_count_of_answers_without_a_place():
 # ---- coordinates ----
 @pytest.mark.parametrize("width, height", [(300, 200), (112, 112), (30, 40), (90, 150), (1000, 90)])
 def test_what_the_model_sees_maps_back(processor, width, height):
-    """Above max_pixels, at it, below min_pixels: the size is the processor's own, corners map there and back."""
+    """Above max_pixels, at it, below min_pixels: the processor's own size, corners map there and back."""
     seen = seen_size(processor, width, height)
     image = Image.new("RGB", (width, height))
     grid = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"][0]
@@ -130,19 +142,21 @@ def test_what_the_model_sees_maps_back(processor, width, height):
     for x, y in ((0, 0), (width, height), (width, 0), (width / 3, height / 7)):
         there = (x / scales[0], y / scales[1])
         assert there[0] <= seen[0] + 1e-9 and there[1] <= seen[1] + 1e-9
-        back = original(tuple(round(v, 6) for v in there), example(size=(width + 1, height + 1), scales=scales))
+        room = example(size=(width + 1, height + 1), scales=scales)
+        back = original(tuple(round(v, 6) for v in there), room)
         assert back == pytest.approx((x, y), abs=1e-3)
 
 
 def test_the_pixels_are_where_scales_say(processor):
-    """A white box in a large image: its corners in what the processor made of it are the box over `scales`."""
+    """A white box in a large image: its corners in what the processor made of it, mapped back."""
     image = Image.new("RGB", (336, 168))
     ImageDraw.Draw(image).rectangle((84, 42, 251, 125), fill=(255, 255, 255))
     seen = seen_size(processor, *image.size)
     assert seen[0] * seen[1] <= 112 * 112 and seen != image.size
     found = processor.image_processor(images=[image], return_tensors="pt")
     t, h, w = found["image_grid_thw"][0].tolist()
-    pixels = found["pixel_values"].view(h // 2, w // 2, 2, 2, 3, 2, 14, 14).permute(4, 5, 0, 2, 6, 1, 3, 7)[0, 0]
+    patches = found["pixel_values"].view(h // 2, w // 2, 2, 2, 3, 2, 14, 14)
+    pixels = patches.permute(4, 5, 0, 2, 6, 1, 3, 7)[0, 0]
     white = pixels.reshape(h * 14, w * 14) > 1.0
     rows, columns = white.any(1).nonzero(), white.any(0).nonzero()
     corners = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])[:, 0].float()
@@ -154,7 +168,7 @@ def test_the_picture_shows_boxes_where_they_are(processor):
     load = load_examples(user_file(2), ".", processor)
     draw("plain.png", load, {})
     draw("answers.png", load, {"answers": ["12, 34", "?"]})
-    shown = torch.tensor(list(Image.open("plain.png").convert("RGB").getdata())).view(*Image.open("plain.png").size[::-1], 3)
+    shown = torch.from_numpy(np.array(Image.open("plain.png").convert("RGB"))).int()
     green = (shown[..., 1] > 150) & (shown[..., 0] < 110) & (shown[..., 2] < 160)
     white = (shown > 240).all(2)
     rows, columns = green.any(1).nonzero()[:, 0], green.any(0).nonzero()[:, 0]
@@ -177,9 +191,10 @@ def test_a_point_stands_for_a_tenth_of_the_sides_and_scales_are_kept(processor):
 
 
 @pytest.mark.parametrize("changed, said", [
-    ({"image": "gone.png"}, "example 2: no image gone.png"), ({"solution": [10, 10, 90, 20]}, "example 2: solution"),
-    ({"solution": [40, 10, 20, 20]}, "inverted"), ({"solution": [1, 2, 3]}, "wanted [x1, y1, x2, y2] or [x, y]"),
-    ({"solution": "1,2"}, "wanted [x1"), ({"solution": [70, 10]}, "outside"), ({"prompt": None}, "example 2: wanted"),
+    ({"image": "gone.png"}, "example 2: no image gone.png"), ({"solution": [40, 10, 20, 20]}, "inverted"),
+    ({"solution": [10, 10, 90, 20]}, "example 2: solution"), ({"solution": [70, 10]}, "outside"),
+    ({"solution": [1, 2, 3]}, "wanted [x1, y1, x2, y2] or [x, y]"), ({"solution": "1,2"}, "wanted [x1"),
+    ({"prompt": None}, "example 2: wanted"),
     ({"solution": [float("nan"), 1, 2, 3]}, "example 2: solution"), ({"scales": [0, 1]}, "scales"),
     ({"image": "data.json"}, "example 2: data.json can't be read as an image")])
 def test_bad_examples(capsys, start, changed, said):
@@ -187,8 +202,9 @@ def test_bad_examples(capsys, start, changed, said):
     assert said in line and not Path("out").exists()
 
 
-@pytest.mark.parametrize("text, said", [("", "no examples"), ("[]", "no examples"), ('[{"a": 1},\n {"b" 2}]', "line 2, column 7"),
-                                        ('{"a": 1}\n{"b": }\n', "line 2, column 7"), ("[1]", "example 0")])
+@pytest.mark.parametrize("text, said", [
+    ("", "no examples"), ("[]", "no examples"), ('[{"a": 1},\n {"b" 2}]', "line 2, column 7"),
+    ('{"a": 1}\n{"b": }\n', "line 2, column 7"), ("[1]", "example 0")])
 def test_bad_files(capsys, start, text, said):
     Path("bad.json").write_text(text)
     assert said in fails(capsys, *SMALL, "--model", start, "--data", "bad.json")
@@ -234,7 +250,7 @@ def test_padding_and_a_neighbour_change_nothing(start):
     model, processor = load_model(start), load_processor(start)
     asked = load_examples(user_file(2), ".", processor)
     asked[0]["prompt"] = "where, if anywhere, is the digit 7?"
-    said = torch.tensor([processor.tokenizer("067,046")["input_ids"], processor.tokenizer("012,088")["input_ids"]])
+    said = torch.tensor([processor.tokenizer(text)["input_ids"] for text in ("067,046", "012,088")])
     mask = torch.ones_like(said, dtype=torch.bool)
     with torch.no_grad():
         both, _ = score(model, inputs_of(processor, asked, "cpu"), said, mask, 0.7)
@@ -250,8 +266,8 @@ def test_greedy_answers_are_the_most_likely_tokens(start):
     answers, mask, texts = generate(model, inputs, processor, 9)
     from vision.vlm_models import with_answers
     with torch.no_grad():
-        logits = model(**with_answers(inputs, answers, mask), logits_to_keep=answers.shape[1] + 1).logits[:, :-1]
-    assert torch.equal(logits.argmax(2)[mask], answers[mask])
+        logits = model(**with_answers(inputs, answers, mask), logits_to_keep=answers.shape[1] + 1).logits
+    assert torch.equal(logits[:, :-1].argmax(2)[mask], answers[mask])
     assert len(texts) == 4 and all("<" not in text for text in texts)
 
 
@@ -261,8 +277,8 @@ def test_lora_of_the_published_3b_size():
     text = {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
             "intermediate_size": 11008, "vocab_size": 151936, "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
-    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 2048,
-              "patch_size": 14, "fullatt_block_indexes": [7, 15, 23, 31]}
+    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420,
+              "out_hidden_size": 2048, "patch_size": 14, "fullatt_block_indexes": [7, 15, 23, 31]}
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision,
                                                                     tie_word_embeddings=True))
@@ -278,7 +294,7 @@ def test_lora_of_the_published_3b_size():
 # ---- two engines, one loss ----
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo"])
 def test_one_batch_through_both_engines(start, monkeypatch, loss_type):
-    """Step 0 at beta > 0: the same tokens, rewards and advantages (1e-6), loss (1e-5), gradient norm (1e-3)."""
+    """Step 0, beta > 0: the same tokens, rewards, advantages (1e-6), loss (1e-5), gradient norm (1e-3)."""
     from trl import GRPOTrainer
     seen, compute = {}, GRPOTrainer._compute_loss
 
@@ -303,7 +319,8 @@ def test_one_batch_through_both_engines(start, monkeypatch, loss_type):
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", theirs)
     monkeypatch.setattr(vlm_grpo, "grpo_loss", ours)
     monkeypatch.setattr(vlm_grpo, "generate", sampled)
-    words = ["--model", start, "--steps", 1, "--beta", 0.5, "--distance", 1, "--format", 0.5, "--loss_type", loss_type]
+    words = ["--model", start, "--steps", 1, "--beta", 0.5, "--distance", 1, "--format", 0.5,
+             "--loss_type", loss_type]
     rows = {engine: run(*words, "--engine", engine, "--output_dir", f"out/{engine}", log=f"{engine}.csv")[0]
             for engine in ("trl", "nano")}
     (trl, trl_loss), (nano, nano_loss) = seen["trl"], seen["nano"]
@@ -311,7 +328,8 @@ def test_one_batch_through_both_engines(start, monkeypatch, loss_type):
     assert [a for _, a in nano] == pytest.approx([a for _, a in trl], abs=1e-6)
     assert any(abs(a) > 0.1 for _, a in nano)
     assert nano_loss == pytest.approx(trl_loss, abs=1e-5)
-    for name, within in {"mean_r": 1e-6, "token_adv": 1e-6, "kl": 1e-6, "loss": 1e-5, "entropy": 1e-4}.items():
+    bounds = {"mean_r": 1e-6, "token_adv": 1e-6, "kl": 1e-6, "loss": 1e-5, "entropy": 1e-4}
+    for name, within in bounds.items():
         assert float(rows["nano"][name]) == pytest.approx(float(rows["trl"][name]), abs=within), name
     grad = float(rows["nano"]["grad_norm"])
     assert grad > 1e-3 and grad == pytest.approx(float(rows["trl"]["grad_norm"]), rel=1e-3)
@@ -321,10 +339,8 @@ def test_one_batch_through_both_engines(start, monkeypatch, loss_type):
 
 @pytest.mark.parametrize("engine", ["trl", "nano"])
 def test_stopped_and_resumed_is_the_run_that_never_stopped(start, engine, monkeypatch, capsys):
-    Path("mine.py").write_text(REWARD_FILE)
-    words = ["--model", start, "--engine", engine, "--data", user_file(12), "--reward", "mine.py:share_of_digits"]
     Path("mine.py").write_text(REWARD_FILE.replace('count("e")', 'count("0")'))
-    words[-1] = "mine.py:share_of_e"
+    words = ["--model", start, "--engine", engine, "--data", user_file(12), "--reward", "mine.py:share_of_e"]
     whole = run(*words, "--output_dir", "out/whole", log="whole.csv")
     assert len(whole) == 4 and whole[3]["accuracy"] and not whole[3]["loss"]
     monkeypatch.setenv("KILL_AT_CALL", "3")  # before: an evaluation, at step 0 another
@@ -361,7 +377,8 @@ def test_a_field_of_trl_passes_through(start, monkeypatch):
         run("--model", start, "--trl.top_k", 7, "--trl.logging_first_step", "True", "--trl.adam-beta2=0.9",
             "--trl.gradient_accumulation_steps", 2, "--trl.reward_weights", "2.5")
     found = seen[0]
-    assert (found.top_k, found.logging_first_step, found.adam_beta2, found.reward_weights) == (7, True, 0.9, [2.5])
+    assert (found.top_k, found.logging_first_step, found.adam_beta2) == (7, True, 0.9)
+    assert found.reward_weights == [2.5]
     assert found.bf16 is False and found.loss_type == "grpo" and found.use_bias_correction_kl is False
     assert found.generation_batch_size == 16
 
@@ -380,8 +397,8 @@ def test_supervision_and_grpo_raise_what_they_are_for():
     examples = scenes(400, 0, "train")
     model, processor = supervise(examples, 40, 3e-3, 0, "cpu")
     save_folder("start", model, processor)
-    rows = run("--model", "start", "--steps", 30, "--engine", "nano", "--format", 1, "--lr", 1e-3, "--temperature", 1.2,
-               "--beta", 0, "--per_device_train_batch_size", 16)
+    rows = run("--model", "start", "--steps", 30, "--engine", "nano", "--format", 1, "--lr", 1e-3,
+               "--temperature", 1.2, "--beta", 0, "--per_device_train_batch_size", 16)
     said = [float(row["mean_r"]) for row in rows if row["mean_r"]]
     assert sum(said[-8:]) > sum(said[:8])
 
@@ -393,9 +410,10 @@ def test_a_users_json_of_200_examples_trains_from_the_command_line(start):
 
     from helpers import ROOT, environment
     user_file(200)
-    words = [sys.executable, "-m", "vision.vlm_grpo", *map(str, SMALL), "--model", start, "--data", "data.json"]
+    words = [sys.executable, "-m", "vision.vlm_grpo", *map(str, SMALL), "--eval_examples", "20",
+             "--model", start, "--data", "data.json"]
     env = environment(PYTHONPATH=str(ROOT))
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "20 held-out examples" in done.stdout.replace("4 held", "20 held"), done.stderr
+    assert done.returncode == 0 and "20 held-out examples" in done.stdout, done.stderr
     with open("logs/vlm.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 4

@@ -5,6 +5,7 @@ The model says coordinates of the image that it saw, after the processor's resiz
 to pixels of the original, where the solution is.
 Left out: several boxes an example, rotated ones.
 """
+import functools
 import json
 import re
 from pathlib import Path
@@ -97,6 +98,7 @@ def seen_size(processor, width, height):
 
 
 # ---- where examples come from ----
+@functools.cache
 def scenes(n, seed, split, side=112):
     """Digit scenes: "where is the 7?", its box 24 to 44 pixels of 112."""
     from PIL import Image
@@ -106,12 +108,23 @@ def scenes(n, seed, split, side=112):
              "scales": (1.0, 1.0)} for image, label, box in zip(images, labels, boxes)]
 
 
+def load_data(args, processor):
+    """-> examples to train on, held-out ones: those of the files, or digit scenes."""
+    if not args.data:
+        return scenes(3000, args.seed, "train"), scenes(args.eval_examples, args.seed, "test")
+    train = load_examples(args.data, args.images_root, processor)
+    if args.eval_data:
+        return train, load_examples(args.eval_data, args.images_root, processor)
+    cut = len(train) - max(1, len(train) // 10)
+    return train[:cut], train[cut:]
+
+
 def load_examples(path, root, processor):
     """JSON (a list) or JSONL of {image, prompt, solution, …}, every one checked before anything trains."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        die(f"--data {path} can't be read ({error}): wanted a JSON or JSONL file")
+        die(f"{path} can't be read ({error}): wanted a JSON or JSONL file")
     first = 1
     try:
         if text.lstrip().startswith("["):
@@ -123,10 +136,10 @@ def load_examples(path, root, processor):
                     rows.append(json.loads(line))
     except json.JSONDecodeError as error:
         line = first + error.lineno - 1
-        die(f"--data {path}: wrong JSON at line {line}, column {error.colno}: {error.msg}")
+        die(f"{path}: wrong JSON at line {line}, column {error.colno}: {error.msg}")
     if not rows:
-        die(f"--data {path} has no examples: wanted at least one {{image, prompt, solution}}")
-    return [check(row, f"--data {path}: example {i}", root, processor) for i, row in enumerate(rows)]
+        die(f"{path} has no examples: wanted at least one {{image, prompt, solution}}")
+    return [check(row, f"{path}: example {i}", root, processor) for i, row in enumerate(rows)]
 
 
 def numbers(row, name, lengths):

@@ -120,8 +120,8 @@ def trl_config(args, o, device):
             "save_steps": args.save_every, "shuffle_dataset": False, "remove_unused_columns": False,
             "logging_steps": 1, "logging_nan_inf_filter": False}
     free = {"use_cpu": device.type == "cpu", "bf16": False, "gradient_checkpointing": False,
-            "warmup_steps": 0, "lr_scheduler_type": "linear", "weight_decay": 0.0, "report_to": "none", "disable_tqdm": True,
-            "disable_dropout": True, "save_total_limit": 1}
+            "warmup_steps": 0, "lr_scheduler_type": "linear", "weight_decay": 0.0, "report_to": "none",
+            "disable_tqdm": True, "disable_dropout": True, "save_total_limit": 1}
     parser = HfArgumentParser(GRPOConfig, allow_abbrev=False, add_help=False)
     parser.error = lambda message: die(f"--trl: {message}")
     takes_several = {action.dest: action.nargs in ("+", "*") for action in parser._actions}
