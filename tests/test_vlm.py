@@ -362,6 +362,7 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(start, engine, monkey
 
 
 @pytest.mark.parametrize("engine", ["trl", "nano"])
+@pytest.mark.slow
 def test_lora_trains_adapters_alone(start, engine):
     rows = run("--model", start, "--use_lora", "--lora_r", 2, "--engine", engine, "--steps", 2, "--lr", 1e-2,
                "--distance", 1, "--beta", 0.1)

@@ -165,10 +165,14 @@ def train_trl(args, config, path, examples, order, run):
     data = Dataset.from_dict({"index": order.flatten().tolist()}).with_transform(lambda rows: rows | {
         "prompt": [[{"role": "user", "content": examples[i]["prompt"]}] for i in rows["index"]],
         "image": [picture(examples[i]) for i in rows["index"]]})
-    trainer = GRPOTrainer(path, run.scorer, config, data, processing_class=run.processor,
+    model, began = path, f"{args.output_dir}/checkpoint-{run.start}"
+    if run.start and not args.use_lora:  # transformers 5.23's own resume leaves Qwen2.5-VL's weights untouched:
+        model = load_model(began)        # it saves them under names that it doesn't look for
+        model.config._name_or_path = path  # where TRL takes the reference from
+    trainer = GRPOTrainer(model, run.scorer, config, data, processing_class=run.processor,
                           callbacks=[Bridge()], peft_config=lora(args.lora_r) if args.use_lora else None)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-{run.start}" if run.start else None)
+    trainer.train(resume_from_checkpoint=began if run.start else None)
     if not run.interrupt.asked:
         trainer.save_model(f"{args.output_dir}/final")
     return trainer.model
@@ -256,9 +260,6 @@ def main(args):
     train, held_out = load_data(args, processor)
     scorer = Scorer(train, {name: getattr(args, name) for name in WEIGHTS},
                     load_reward(args.reward, ()) if args.reward else None)
-    B = answers // args.num_generations
-    if len(train) < B:
-        die(f"{len(train)} examples to train on, and a step asks {B}: give more data or fewer answers a step")
     stem = Path(args.log).with_suffix("")
     if args.preview:
         said = generate(load_model(path).to(device), inputs_of(processor, train[:10], device), processor,
@@ -266,6 +267,9 @@ def main(args):
         draw(f"{stem}_preview.png", train[:10], {"answers": said} if said else {})
         print(f"wrote {stem}_preview.png: green the truth, red what the model says")
         return
+    B = answers // args.num_generations
+    if len(train) < B:
+        die(f"{len(train)} examples to train on, and a step asks {B}: give more data or fewer answers a step")
     if not (args.model or state):
         clock = time.perf_counter()
         digits = scenes(3000, args.seed, "train")
