@@ -12,7 +12,6 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Literal
 
 import utils  # before torch: it sets how OpenMP's threads wait
@@ -166,8 +165,8 @@ def train_trl(args, config, path, examples, order, run):
         "prompt": [[{"role": "user", "content": examples[i]["prompt"]}] for i in rows["index"]],
         "image": [picture(examples[i]) for i in rows["index"]]})
     model, began = path, f"{args.output_dir}/checkpoint-{run.start}"
-    if run.start and not args.use_lora:  # transformers 5.23's own resume leaves Qwen2.5-VL's weights untouched:
-        model = load_model(began)        # it saves them under names that it doesn't look for
+    if run.start and not args.use_lora:  # transformers' resume (5.23) looks for them under other names
+        model = load_model(began)
         model.config._name_or_path = path  # where TRL takes the reference from
     trainer = GRPOTrainer(model, run.scorer, config, data, processing_class=run.processor,
                           callbacks=[Bridge()], peft_config=lora(args.lora_r) if args.use_lora else None)
@@ -260,7 +259,7 @@ def main(args):
     train, held_out = load_data(args, processor)
     scorer = Scorer(train, {name: getattr(args, name) for name in WEIGHTS},
                     load_reward(args.reward, ()) if args.reward else None)
-    stem = Path(args.log).with_suffix("")
+    stem = args.log.removesuffix(".csv")
     if args.preview:
         said = generate(load_model(path).to(device), inputs_of(processor, train[:10], device), processor,
                         args.max_completion_length)[2] if args.model else None
@@ -281,10 +280,8 @@ def main(args):
     record = {"device": str(device), "objective": asdict(objective), "before": before,
               "hf": {name: version(name) for name in ("transformers", *(["trl"] if config else []))}}
     write_run_record(args.log, args, **record)
-    if config:
-        policy = train_trl(args, config, path, train, order, run)
-    else:
-        policy = train_nano(args, objective, path, train, order, run, state)
+    policy = train_trl(args, config, path, train, order, run) if config else \
+        train_nano(args, objective, path, train, order, run, state)
     if run.interrupt.asked:
         run.log.close()
         run.interrupt.leave(resume_command())
