@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact|vit|clip|c2i]
+# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact|vit|clip|c2i|vlm]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -101,4 +101,13 @@ if want c2i; then
     $python -m vision.c2i_grpo $models --beta 0 --log results/c2i/beta0-s$seed.csv > /dev/null
     $python -m vision.c2i_grpo $models --sampling teacher-forced --log results/c2i/mse-s$seed.csv > /dev/null
   done
+fi
+if want vlm; then
+  for seed in 0 1 2; do
+    for engine in trl nano; do
+      $python -m vision.vlm_grpo --engine $engine --seed "$seed" --log results/vlm/$engine-s$seed.csv \
+        --output_dir out/r-vlm-$engine-s$seed > /dev/null
+    done
+  done
+  rm -f results/vlm/*.png
 fi

@@ -86,6 +86,13 @@ def point_in_box(point, box):
     return (inside & (box[..., 2:] > box[..., :2]).all(-1)).float()
 
 
+def distance(point, box):
+    """1 where the point (B, G, 2) is the centre of the box (B, 4), falling to 0 one diagonal away from it."""
+    centre, diagonal = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]).norm(dim=1)
+    away = (point - centre[:, None]).norm(dim=2) / diagonal[:, None].clamp(min=1e-9)
+    return (1 - away).clamp(min=0)
+
+
 # ---- a mask was drawn: (B, G, ...) of 0 and 1, target (B, ...) ----
 def dice(mask, target):
     """2·|A∩B| / (|A| + |B|), 0 … 1; 0 where both are empty."""

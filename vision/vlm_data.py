@@ -1,0 +1,199 @@
+"""Instructions with boxes: JSON or digit scenes; what an answer's text says, and what it earns.
+
+An example is {image, prompt, solution, size, scales} and whatever else its line holds (columns of a reward).
+The model says coordinates of the image that it saw, after the processor's resize; `scales` brings them back
+to pixels of the original, where the solution is.
+Left out: several boxes an example, rotated ones.
+"""
+import functools
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from utils.cli import die
+from vision import rewards
+from vision.data import open_rgb, to_tensor
+from vision.regions import digit_scenes
+from vision.show import grid
+
+NUMBER = r"-?\d+(?:\.\d+)?"
+CHAIN = re.compile(rf"(?<![\w.,\-−])[(\[]?\s*({NUMBER}(?:\s*[)\]]?\s*,\s*[(\[]?\s*{NUMBER})+)(?![\w.]*\w)")
+NAMED = re.compile(r"""["']?\b[xy][12]?["']?\s*[:=]\s*""")  # "x": 12, "y": 34 -> 12, 34
+
+
+def parse_answer(text):
+    """The first point (x, y) or box (x1, y1, x2, y2) in a text, as floats, or None.
+
+    It is the first run of numbers with commas between them, brackets, JSON keys and other words beside it
+    allowed. A run of two is a point, of four a box; one of another length, or with a negative number, is no
+    answer, and what follows isn't looked at: a text that could mean two things earns nothing.
+    """
+    found = CHAIN.search(NAMED.sub("", text))
+    values = [float(v) for v in re.findall(NUMBER, found[1])] if found else []
+    return tuple(values) if len(values) in (2, 4) and min(values) >= 0 else None
+
+
+class Scorer:
+    """A reward function of TRL's signature: weighted rewards of what the answers say.
+
+    weights {accuracy_reward_coord, iou, distance, format}; `index` says which examples were asked; custom: a
+    user's function instead. After a call .unparsed is the share of answers with nothing inside the image.
+    """
+    __name__ = "reward"
+
+    def __init__(self, examples, weights, custom=None):
+        self.examples, self.weights, self.custom, self.unparsed = examples, weights, custom, None
+
+    def __call__(self, completions, index, **_):
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        asked = [self.examples[i] for i in index]
+        parts = self.parts(texts, asked)
+        self.unparsed = 1 - parts["format"].mean().item()
+        if self.custom:
+            names = set.intersection(*map(set, asked)) - {"prompt"}
+            return self.custom(completions=texts, prompts=[e["prompt"] for e in asked],
+                               **{name: [e[name] for e in asked] for name in names})
+        return sum(weight * parts[name] for name, weight in self.weights.items()).tolist()
+
+    @staticmethod
+    def parts(texts, asked):
+        """Every reward of every answer, (N,) each, 0 where the text has no point or box inside the image."""
+        box = torch.full((len(texts), 1, 4), -1.0)
+        point = torch.full((len(texts), 1, 2), -1.0)
+        for i, (text, example) in enumerate(zip(texts, asked)):
+            said = original(parse_answer(text), example)
+            if said is not None:
+                point[i, 0] = torch.tensor(said[:2])
+                box[i, 0] = torch.tensor(said if len(said) == 4 else (0.0,) * 4)  # a point has no IoU
+        true = torch.tensor([e["solution"] for e in asked], dtype=torch.float32)
+        inside = (point[:, 0] >= 0).all(1).float()
+        return {"accuracy_reward_coord": rewards.point_in_box(point, true)[:, 0] * inside,
+                "iou": rewards.iou(box, true)[:, 0] * inside,
+                "distance": rewards.distance(point, true)[:, 0] * inside, "format": inside}
+
+
+def original(said, example):
+    """What the model said, in pixels of the original image; None where that is outside of it."""
+    if said is None:
+        return None
+    moved = [v * example["scales"][i % 2] for i, v in enumerate(said)]
+    return moved if all(v <= example["size"][i % 2] for i, v in enumerate(moved)) else None
+
+
+def seen_size(processor, width, height):
+    """The size of an image after the processor's resize, Qwen2-VL's smart_resize."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    image = processor.image_processor
+    if not (hasattr(image, "merge_size") and hasattr(image, "patch_size")):
+        die("this model's processor doesn't resize as Qwen2-VL's does: give each example `scales`, [sx, sy], "
+            "pixels of the original for one unit of what the model says ([1, 1] if it says pixels)")
+    try:
+        h, w = smart_resize(height, width, image.patch_size * image.merge_size, image.size["shortest_edge"],
+                            image.size["longest_edge"])
+    except ValueError as error:
+        die(f"an image of {width} × {height} pixels: {error}")
+    return w, h
+
+
+# ---- where examples come from ----
+@functools.cache
+def scenes(n, seed, split, side=112):
+    """Digit scenes: "where is the 7?", its box 24 to 44 pixels of 112."""
+    from PIL import Image
+    images, labels, boxes, _ = digit_scenes(n, side, seed=seed, split=split, sides=(24 / 112, 44 / 112))
+    return [{"image": Image.fromarray((image[0] * 255).byte().numpy()).convert("RGB"),
+             "prompt": f"where is the {label.item()}?", "solution": box[0].tolist(), "size": (side, side),
+             "scales": (1.0, 1.0)} for image, label, box in zip(images, labels, boxes)]
+
+
+def load_data(args, processor):
+    """-> examples to train on, held-out ones: those of the files, or digit scenes."""
+    if not args.data:
+        return scenes(3000, args.seed, "train"), scenes(args.eval_examples, args.seed, "test")
+    train = load_examples(args.data, args.images_root, processor)
+    if args.eval_data:
+        return train, load_examples(args.eval_data, args.images_root, processor)
+    cut = len(train) - max(1, len(train) // 10)
+    return train[:cut], train[cut:]
+
+
+def load_examples(path, root, processor):
+    """JSON (a list) or JSONL of {image, prompt, solution, …}, every one checked before anything trains."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        die(f"{path} can't be read ({error}): wanted a JSON or JSONL file")
+    first = 1
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = []
+            for first, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        line = first + error.lineno - 1
+        die(f"{path}: wrong JSON at line {line}, column {error.colno}: {error.msg}")
+    if not rows:
+        die(f"{path} has no examples: wanted at least one {{image, prompt, solution}}")
+    return [check(row, f"{path}: example {i}", root, processor) for i, row in enumerate(rows)]
+
+
+def numbers(row, name, lengths):
+    value = row.get(name)
+    good = isinstance(value, list) and len(value) in lengths and all(type(v) in (int, float) for v in value)
+    return value if good and all(abs(v) < 1e9 for v in value) else None
+
+
+def check(row, where, root, processor):
+    """A line of the file as an example, or a message that says what is wrong with it."""
+    words = [row.get(name) for name in ("image", "prompt")] if isinstance(row, dict) else [None]
+    if not all(word and isinstance(word, str) for word in words):
+        die(f"{where}: wanted {{image: FILE, prompt: a text, solution: [x1, y1, x2, y2] or [x, y]}}")
+    path = Path(root, row["image"])
+    if not path.is_file():
+        die(f"{where}: no image {path}: mend the name, or give --images_root")
+    width, height = picture({"image": str(path)}, f"{where}: ").size
+    box = numbers(row, "solution", (2, 4))
+    if box is None:
+        die(f"{where}: solution {row.get('solution')}: wanted [x1, y1, x2, y2] or [x, y] in pixels")
+    if len(box) == 2 and 0 <= box[0] <= width and 0 <= box[1] <= height:  # stands for what is near it
+        x, y, dx, dy = *box, width / 20, height / 20
+        box = [x - dx, y - dy, x + dx, y + dy]
+    elif len(box) == 2 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        die(f"{where}: solution {box} lies outside of the image or is inverted: wanted 0 <= x1 < x2 <= "
+            f"{width}, 0 <= y1 < y2 <= {height}, pixels of {path.name}")
+    scales = numbers(row, "scales", (2,))
+    if "scales" in row and (scales is None or min(scales) <= 0):
+        die(f"{where}: scales {row['scales']}: wanted [sx, sy], both above 0")
+    if scales is None:
+        seen = seen_size(processor, width, height)
+        scales = (width / seen[0], height / seen[1])
+    return row | {"image": str(path), "solution": box, "size": (width, height), "scales": scales}
+
+
+def picture(example, where=""):
+    """The example's image as RGB."""
+    if not isinstance(example["image"], str):
+        return example["image"]
+    try:
+        return open_rgb(example["image"])
+    except (OSError, SyntaxError, ValueError) as error:
+        die(f"{where}{example['image']} can't be read as an image ({error})")
+
+
+def draw(path, examples, rows):
+    """A PNG of images, squeezed to squares, with true boxes and what rows {"before": texts, …} say."""
+    images = torch.stack([to_tensor(picture(e).resize((224, 224)), normalise=False) for e in examples])
+    sizes = torch.tensor([e["size"] * 2 for e in examples], dtype=torch.float32)
+    truth = torch.tensor([e["solution"] for e in examples]) / sizes
+    shown = {}
+    for name, texts in rows.items():
+        said = [original(parse_answer(text), e) or (-9.0,) * 4 for text, e in zip(texts, examples)]
+        boxes = torch.tensor([s if len(s) == 4 else s * 2 for s in said]) / sizes  # a point: a little square
+        around = torch.tensor([[-0.02, -0.02, 0.02, 0.02] if len(s) == 2 else [0.0] * 4 for s in said])
+        shown[name] = boxes + around
+    grid(path, images, truth, shown or {"data": torch.full_like(truth, -9.0)})
