@@ -21,7 +21,7 @@ import torch
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint
 from utils.cli import Interrupt, at_least, die, need, parse, resume_command
-from utils.device import peak_mem_mb, pick_device, write_run_record
+from utils.device import peak_mem_mb, pick_device, rank, world, write_run_record
 from utils.log import SHARED, Log
 from utils.rewards import load_reward
 from vision.data import step_index
@@ -77,7 +77,7 @@ def refuse(args):
     at_least(args, beta=0.0, lr=0.0, per_device_train_batch_size=1, num_generations=2, temperature=1e-3,
              max_completion_length=1, steps=1, lora_r=1, sft_steps=1, sft_lr=0.0, eval_every=1,
              eval_examples=1, save_every=1)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = world() > 1
     if args.per_device_train_batch_size % args.num_generations:
         die(f"--per_device_train_batch_size {args.per_device_train_batch_size} counts answers: wanted a "
             f"multiple of --num_generations {args.num_generations}")
@@ -104,8 +104,7 @@ class Run:
     def begin(self, step, model):
         """What a step samples depends on (seed, step, rank) alone, in both engines and after a resume."""
         self.row = self.evaluate(model)[0] if step % self.args.eval_every == 0 else {}
-        rank = int(os.environ.get("RANK", 0))
-        torch.manual_seed(self.args.seed * 1_000_003 + step + rank * 10**9)
+        torch.manual_seed(self.args.seed * 1_000_003 + step + rank() * 10**9)
         self.clock = time.perf_counter()
 
     def end(self):
@@ -247,8 +246,6 @@ def main(args):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     need("transformers", "vlm").utils.logging.disable_progress_bar()
-    if rank := int(os.environ.get("RANK", 0)):
-        args = replace(args, log=f"{args.log}.rank{rank}.csv")
     device, objective = pick_device(args.device), replace(OBJECTIVES[args.loss_type], beta=args.beta)
     state = args.resume and checkpoint.load_state(f"{args.output_dir}/state.pth", args,
                                                   "python -m vision.vlm_grpo", ("step", "model"))
