@@ -103,11 +103,11 @@ if want c2i; then
   done
 fi
 if want vlm; then
-  for seed in 0 1 2; do
-    for engine in trl nano; do
+  for engine in trl nano; do
+    for seed in 0 1 2; do
       $python -m vision.vlm_grpo --engine $engine --seed "$seed" --log results/vlm/$engine-s$seed.csv \
-        --output_dir out/r-vlm-$engine-s$seed > /dev/null
-    done
+        --output_dir out/r-vlm-$engine-s$seed
+    done &
   done
-  rm -f results/vlm/*.png
+  wait
 fi

@@ -53,7 +53,7 @@ class Args:
     num_generations: int = 8
     max_completion_length: int = 16
     temperature: float = 1.0
-    steps: int = 200
+    steps: int = 150
     use_lora: bool = False
     lora_r: int = 16
     sft_steps: int = 150  # of the tiny model: it ends half right, on purpose
