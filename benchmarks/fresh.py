@@ -68,14 +68,15 @@ def train(config, p, args, script="train_grpo.py", steps=1, words=()):
         run = {"policy": folder / "policy.pth", "prompts": folder / "prompts.jsonl", "steps": steps,
                "reward": f"{folder}/reward.py:e", "beta": 0.04, "eval_prompts": 1, "eval_every": NEVER,
                "save_every": NEVER, "device": "cpu", "dtype": args.dtype, "seed": args.seed,
-               "reward_model": folder / "reward.pth", "log": folder / "log.csv",
-               "out": folder / "out"}
+               "reward_model": folder / "reward.pth", "log": folder / "log.csv", "out": folder / "out"}
         run |= {k: p[k] for k in ("prompts_per_step", "group_size", "prompt_len", "max_new")}
-        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={p['processes']}"]
+        # behind "--", or torchrun takes the script's --log for one of its own
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={p['processes']}", "--"]
         command = [sys.executable, *(several if p["processes"] > 1 else []), str(ROOT / script)]
         command += [word for k, v in run.items() for word in (f"--{k}", str(v))] + list(words)
         threads = max(1, args.threads // p["processes"])
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+        # Linux starts a process's peak at that of the one that started it: a shell is small
+        done = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command], cwd=folder, capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": str(threads), "CI": "true"})
         if done.returncode:
             die(f"{script} at {p} ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")

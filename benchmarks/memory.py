@@ -4,8 +4,9 @@ Weights, gradients, optimizer states: by shapes on the meta device. Activations:
 keeps for the backward pass, counted while fake tensors (shapes, no data) go through the scripts' own calls.
 The sum is what stands all the time plus the largest of rollout, scoring and update; gradients count as
 standing though they come while activations go, so it can be somewhat high. One epoch, no --micro_batch, no
---grad_checkpoint. Peaks are of train_grpo.py and train_ppo.py in fresh processes, also less the same
-program's with next to no work; a resident size holds what the allocator keeps, too.
+--grad_checkpoint. By themselves the scripts take 1 minibatch (GRPO) and 4 (PPO): the ratio is also that of
+like with like. Peaks are of train_grpo.py and train_ppo.py in fresh processes, also less the same program's
+with next to no work; a resident size holds what the allocator keeps, too.
 Run: python benchmarks/scaling.py --memory
 """
 import csv
@@ -24,8 +25,9 @@ from reward_model import RewardModel
 from utils.cli import atomic_write, die
 from utils.device import pick_autocast, write_run_record
 
-RUNS = {"GRPO": ("train_grpo.py", 0), "PPO, 1 minibatch": ("train_ppo.py", 1),
-        "PPO, 4 minibatches": ("train_ppo.py", 4)}
+RUNS = {"GRPO": ("train_grpo.py", 1), "GRPO, 4 minibatches": ("train_grpo.py", 4),
+        "PPO": ("train_ppo.py", 1), "PPO, 4 minibatches": ("train_ppo.py", 4)}
+RATIOS = (("GRPO", "PPO"), ("GRPO, 4 minibatches", "PPO, 4 minibatches"), ("GRPO", "PPO, 4 minibatches"))
 STANDING = ("policy", "reference", "reward model", "value network", "gradients", "AdamW's moments")
 
 
@@ -51,20 +53,20 @@ def kept_for_backward(make, run, autocast):
     return total
 
 
-def held(config, B, G, P, T, minibatches, autocast):
-    """Bytes of one algorithm by what holds them -> {name: bytes}; minibatches: PPO's, 0 is GRPO."""
+def held(config, B, G, P, T, ppo, minibatches, autocast):
+    """Bytes of one algorithm by what holds them -> {name: bytes}; ppo: False is GRPO."""
     N, L, C = B * G, config.n_layer, config.n_embd
     n, r = weights(GPT, config), weights(RewardModel, reward_config(config))
-    critic = weights(ValueModel, config) if minibatches else 0
-    rows = N // minibatches if minibatches else N
-    group = G if not minibatches and shared_by_itself(P, T) else 1
+    critic = weights(ValueModel, config) if ppo else 0
+    rows = N // minibatches
+    group = G if not ppo and shared_by_itself(P, T) else 1
 
     def forward(policy, *critics):
         tokens = torch.zeros(rows, P + T, dtype=torch.long)
         return [policy.score(tokens, P, 1.0, None, group), *(c(tokens[:, :-1]) for c in critics)]
 
     def modules():
-        return [GPT(config).eval(), *([ValueModel(config).eval()] if minibatches else [])]
+        return [GPT(config).eval(), *([ValueModel(config).eval()] if ppo else [])]
     found = dict(zip(STANDING, (4 * n, 4 * n, 4 * r, 4 * critic, 4 * (n + critic), 8 * (n + critic))))
     found["activations (update)"] = kept_for_backward(modules, forward, autocast)
     logits = 4 * T * config.vocab_size  # an answer's, in float32
@@ -81,7 +83,7 @@ def measured(config, p, args):
     """Peaks in MB of real steps -> {run: (peak, peak less the program's own)}."""
     found = {}
     for name, (script, minibatches) in RUNS.items():
-        words = ["--reward", "model", *(["--minibatches", str(minibatches)] if minibatches else [])]
+        words = ["--reward", "model", "--minibatches", str(minibatches)]
         peak = train(config, p, args, script, steps=3, words=words)[1]  # AdamW's moments come with the first
         found[name] = peak, peak - program(args, script, words)
     return found
@@ -90,15 +92,16 @@ def measured(config, p, args):
 def table(args):
     """Prints a markdown table a size and the ratios, and writes memory.csv beside args.out."""
     B, G, P, T = args.base
-    if B * G % 4:
-        die(f"--base {args.base}: wanted a number of answers that 4 minibatches divide, not {B * G}")
+    if B % 4:
+        die(f"--base {args.base}: wanted a number of prompts that 4 minibatches divide, not {B}")
     autocast, dtype = pick_autocast(torch.device("cpu"), args.dtype)
     torch.set_num_threads(args.threads)
     rows, load = [], os.getloadavg()
     for model in args.memory_models:
         real = model.startswith("gpt2")
         config = config_of(model, max(1024, P + T), 50257) if real else config_of(model, P + T)
-        columns = {name: held(config, B, G, P, T, m, autocast) for name, (_, m) in RUNS.items()}
+        columns = {name: held(config, B, G, P, T, script == "train_ppo.py", minibatches, autocast)
+                   for name, (script, minibatches) in RUNS.items()}
         lines = [(what, [column[what] / 1e6 for column in columns.values()]) for what in columns["GRPO"]]
         if not real:
             peaks = measured(config, point(model, *args.base), args)
@@ -111,10 +114,11 @@ def table(args):
             rows += [{"model": model, "run": run, "what": what, "mb": f"{value:.5g}"}
                      for run, value in zip(RUNS, values)]
         print()
-        for what, (grpo, *ppo) in lines:
+        for what, values in lines:
             if what.startswith(("sum", "measured")):
-                of = " and ".join(f"{grpo / value:.2f} of {run}" for run, value in zip(list(RUNS)[1:], ppo))
-                print(f"{what}: GRPO needs {of}; the claim is about 0.5")
+                mb = dict(zip(RUNS, values))
+                shares = "; ".join(f"{one} needs {mb[one] / mb[other]:.2f} of {other}" for one, other in RATIOS)
+                print(f"{what}: {shares} (the claim: about 0.5)")
     text = io.StringIO()
     writer = csv.DictWriter(text, ["model", "run", "what", "mb"], lineterminator="\n")
     writer.writeheader()

@@ -65,7 +65,8 @@ def test_bytes_by_hand():
     saved = 16 * n * 2 * 4 + 4 * 2 * 3 * 3
     assert found["update"] == (13 * W + 2 * saved, 4 * W + saved)
     half = floor.bytes_moved(c, 1, 2, 2, 3, size=2)
-    assert half["update"][0] == 13 * W + 2 * (16 * n * 2 * 2 + 4 * 2 * 3 * 3) and half["decode"] == found["decode"]
+    assert half["update"][0] == 13 * W + 2 * (16 * n * 2 * 2 + 4 * 2 * 3 * 3)
+    assert half["decode"] == found["decode"]
 
 
 def test_the_floor_takes_the_tighter_bound_and_the_nearer_copy():
@@ -80,7 +81,7 @@ def test_the_floor_takes_the_tighter_bound_and_the_nearer_copy():
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_fake_tensors_keep_what_real_ones_keep(group):
-    """Without the fake mode the same hooks count the same bytes, and they're what the formula says, or more."""
+    """Without the fake mode the same hooks count the same bytes: what the formula says, or a little more."""
     def make():
         return [GPT(TINY).eval()]
 
@@ -96,11 +97,11 @@ def test_fake_tensors_keep_what_real_ones_keep(group):
 
 
 def test_what_is_held_by_hand():
-    found = memory.held(TINY, 2, 4, 5, 7, 0, contextlib.nullcontext)
+    found = memory.held(TINY, 2, 4, 5, 7, False, 1, contextlib.nullcontext)
     n = sum(p.numel() for p in GPT(TINY).parameters())
     assert (found["policy"], found["gradients"], found["AdamW's moments"]) == (4 * n, 4 * n, 8 * n)
     assert found["value network"] == 0 and found["KV cache (rollout)"] == 2 * 2 * 16 * 4 * (2 * 5 + 8 * 7)
-    ppo = [memory.held(TINY, 2, 4, 5, 7, m, contextlib.nullcontext) for m in (1, 4)]
+    ppo = [memory.held(TINY, 2, 4, 5, 7, True, m, contextlib.nullcontext) for m in (1, 4)]
     assert ppo[0]["value network"] == 4 * (n + 17) and ppo[0]["gradients"] == 4 * (2 * n + 17)
     assert 3.8 < ppo[0]["activations (update)"] / ppo[1]["activations (update)"] <= 4
 
@@ -167,9 +168,9 @@ def test_scaling_writes_table_figure_and_record(tmp_path, monkeypatch):
 
 
 def test_roofline_runs(tmp_path):
-    args = roofline.Args(layers=2, heads=2, width=16, vocab=11, prompts_per_step=2, group_size=2, prompt_len=4,
-                         max_new=4, repeats=1, warmup=0, large=32, copy_mb=(1, 2), device="cpu", threads=1,
-                         out=str(tmp_path / "r.csv"))
+    args = roofline.Args(layers=2, heads=2, width=16, vocab=11, prompts_per_step=2, group_size=2,
+                         prompt_len=4, max_new=4, repeats=1, warmup=0, large=32, copy_mb=(1, 2),
+                         device="cpu", threads=1, out=str(tmp_path / "r.csv"))
     with contextlib.redirect_stdout(io.StringIO()) as said:
         roofline.main(args)
     rows = list(csv.DictReader(open(tmp_path / "r.csv", newline="")))
@@ -179,8 +180,9 @@ def test_roofline_runs(tmp_path):
 
 
 @pytest.mark.parametrize("module, words, said", [
-    (roofline, {"heads": 3}, "--heads 3"), (roofline, {"out": "x"}, "--out x"), (roofline, {"repeats": 0}, "--repeats 0"),
-    (scaling, {"out": "x"}, "--out x"), (scaling, {"group_size": (1,)}, "--group_size"),
+    (roofline, {"heads": 3}, "--heads 3"), (roofline, {"out": "x"}, "--out x"),
+    (roofline, {"repeats": 0}, "--repeats 0"), (scaling, {"out": "x"}, "--out x"),
+    (scaling, {"group_size": (1,)}, "--group_size"),
     (scaling, {"max_new": (0,)}, "--max_new"), (scaling, {"memory": True, "base": (1, 2, 4, 4)}, "--base")])
 def test_bad_input_is_one_line(module, words, said, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -207,5 +209,6 @@ def test_a_run_that_fails_says_what_it_said(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["roofline", "scaling"])
 def test_help(name):
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / f"{name}.py", "--help"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--out" in done.stdout
