@@ -76,7 +76,8 @@ def train(config, p, args, script="train_grpo.py", steps=1, words=()):
         command += [word for k, v in run.items() for word in (f"--{k}", str(v))] + list(words)
         threads = max(1, args.threads // p["processes"])
         # Linux starts a process's peak at that of the one that started it: a shell is small
-        done = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command], cwd=folder, capture_output=True, text=True,
+        done = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command], cwd=folder,
+                              capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": str(threads), "CI": "true"})
         if done.returncode:
             die(f"{script} at {p} ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")

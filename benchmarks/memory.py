@@ -117,7 +117,7 @@ def table(args):
         for what, values in lines:
             if what.startswith(("sum", "measured")):
                 mb = dict(zip(RUNS, values))
-                shares = "; ".join(f"{one} needs {mb[one] / mb[other]:.2f} of {other}" for one, other in RATIOS)
+                shares = "; ".join(f"{a} needs {mb[a] / mb[b]:.2f} of {b}" for a, b in RATIOS)
                 print(f"{what}: {shares} (the claim: about 0.5)")
     text = io.StringIO()
     writer = csv.DictWriter(text, ["model", "run", "what", "mb"], lineterminator="\n")
