@@ -67,8 +67,8 @@ def plain_attention(q, k, v, attn_mask, dropout):
 def group_attention(q, k, v, attn_mask, cache, slots):
     """Attention of G answers to their prompt, whose keys and values the group holds once, and to themselves.
 
-    q, k, v (B·G, heads, T, d) of the answers' tokens; cache: the prompt's keys and values (B, heads, P, d) and,
-    when decoding, buffers for the answers' own (B, heads, G, S, d), whose `slots` are written here.
+    q, k, v (B·G, heads, T, d) of the answers' tokens; cache: the prompt's keys and values (B, heads, P, d)
+    and, when decoding, buffers for the answers' own (B, heads, G, S, d), whose `slots` are written here.
     """
     (B, _, P, d), (N, _, T, _) = cache[0].shape, q.shape
     G = N // B
@@ -76,7 +76,7 @@ def group_attention(q, k, v, attn_mask, cache, slots):
     if len(cache) == 4:
         for buffer, new in zip(cache[2:], (k, v)):
             buffer[:, :, :, slots] = new
-        end = slots.stop if isinstance(slots, slice) else None  # static shapes see all, the mask hides the rest
+        end = slots.stop if isinstance(slots, slice) else None  # static: all, and the mask hides the rest
         k, v = (buffer[:, :, :, :end] for buffer in cache[2:])
     to_prompt = (q.flatten(2, 3) @ cache[0].transpose(2, 3)).unflatten(2, (G, T))
     weights = torch.cat([to_prompt, q @ k.transpose(3, 4)], -1) * d ** -0.5  # (B, heads, G, T, P + S)
@@ -170,8 +170,8 @@ class GPT(nn.Module):
     def score(self, tokens, prompt_len, temperature=1.0, pad=None, group_size=1):
         """Log-probability and full-softmax entropy of the answer: tokens (N, P + T) -> two float32 (N, T).
 
-        Only the last T positions meet the output head. The entropy carries no gradient. group_size G > 1: rows
-        are G answers to each prompt, side by side, and the prompt is read once for its group.
+        Only the last T positions meet the output head. The entropy carries no gradient. group_size G > 1:
+        rows are G answers to each prompt, side by side, and the prompt is read once for its group.
         """
         if group_size == 1:
             hidden = self.hidden(tokens[:, :-1], pad)[:, prompt_len - 1:]

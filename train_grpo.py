@@ -50,7 +50,7 @@ class Args:
     eval_prompts: int = 64  # held-out ones
     save_every: int = 20
     share_prompt: Literal["auto", "yes", "no"] = "auto"  # read a group's prompt once; auto: if it is long
-    micro_batch: int = 0  # prompts a backward pass, with all their answers; 0: all. Changes memory, not results
+    micro_batch: int = 0  # prompts a backward pass, with all their answers; 0: all. Results stay the same
     grad_checkpoint: bool = False  # less memory, one more forward pass
     compile: bool = False  # decode and update; takes a minute first
     device: str = "auto"

@@ -214,7 +214,7 @@ def main(args):
         frac_zero_std = None if G == 1 else (groups == groups[:, :1]).all(1).float().mean()
         sums = ranks.total(sums)
         sums.pop("pg_loss")
-        sums["explained_variance"] = explained_variance(ranks.gather(value_old), ranks.gather(returns), mask_all)
+        sums["explained_variance"] = explained_variance(*map(ranks.gather, (value_old, returns, mask)))
         log.write(step=step, mean_r=reward.mean(), token_adv=masked_mean(adv_all.abs(), mask_all),
                   samples=samples, tokens=tokens_seen, seconds=seconds, gold=sum(gold) / len(gold),
                   length=new_tokens / (B * G), distinct=distinct(texts), frac_zero_std=frac_zero_std,

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact|vit|clip|c2i|vlm]
+# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|learn|roofline|
+# scaling|cnn|exact|vit|clip|c2i|vlm]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -42,6 +43,13 @@ if want char; then
 fi
 if want speed; then
   OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py --out results/vs_trl.csv
+fi
+if want roofline; then  # this one and the next want a machine with nothing else to do
+  OMP_NUM_THREADS=2 $python benchmarks/roofline.py --compile --out results/roofline.csv
+fi
+if want scaling; then
+  OMP_NUM_THREADS=2 $python benchmarks/scaling.py --out results/scaling.csv
+  OMP_NUM_THREADS=2 $python benchmarks/scaling.py --memory --out results/scaling.csv
 fi
 
 rl="--aux_ce_coef 0 --temperature 1.5 --grpo_steps 1500"  # reward alone; the default adds 0.1 × cross-entropy

@@ -42,7 +42,8 @@ NAMES = ("loss", "mean_r", "kl", "entropy", "token_adv", "length", "gold", "ref_
 @pytest.mark.parametrize("T, pad", [(1, None), (2, None), (9, None), (9, [0, 3, 5])])
 def test_a_shared_prompt_is_the_repeated_one_in_value_and_gradient(T, pad):
     model, G = tiny_model(), 4
-    tokens = torch.cat([prompts(3, 6).repeat_interleave(G, 0), torch.randint(11, (12, T), generator=seeded(2))], 1)
+    answers = torch.randint(11, (12, T), generator=seeded(2))
+    tokens = torch.cat([prompts(3, 6).repeat_interleave(G, 0), answers], 1)
     pad = None if pad is None else torch.tensor(pad).repeat_interleave(G)
     weight = torch.randn(12, T, generator=seeded(3))
     found = []
@@ -59,16 +60,18 @@ def test_a_shared_prompt_is_the_repeated_one_in_value_and_gradient(T, pad):
 def test_a_shared_prompt_is_read_once(monkeypatch):
     model, read = tiny_model(), []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda tokens, *rest: read.append(tokens.shape) or hidden(tokens, *rest))
+    monkeypatch.setattr(model, "hidden", lambda tokens, *rest:
+                        read.append(tokens.shape) or hidden(tokens, *rest))
     model.score(prompts(8, 10), 6, group_size=4)
     assert read == [(2, 6), (8, 3)]
 
 
 def test_decoding_with_static_shapes_is_decoding():
-    """What --compile traces, run as it is: the position a tensor, keys of the whole buffer, the rest masked."""
+    """What --compile traces, run as it is: the position a tensor, all of the buffer read, the rest masked."""
     generate = GPT.generate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GPT, "generate", lambda self, *a, **kw: generate(self, *a, compiled=self.next_token, **kw))
+        patch.setattr(GPT, "generate", lambda self, *args, **kw:
+                      generate(self, *args, compiled=self.next_token, **kw))
         check_against_slow(prompts(3, 5), G=3, T=12, temperature=0.6)
         lengths = check_against_slow(prompts(3, 7), 4, 12, torch.tensor([0, 4, 6]), stop=[(3,), (1, 2)])
         assert len(lengths) > 2
@@ -126,9 +129,9 @@ def test_compiled_learns_the_same():
 
 # ---- several processes ----
 def torchrun(name, *words):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           "--", str(ROOT / name), *map(str, words)],
-                          env=environment(), capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    return subprocess.run([*command, str(ROOT / name), *map(str, words)], env=environment(),
+                          capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.slow

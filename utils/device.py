@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -58,11 +59,11 @@ def pick_autocast(device, dtype="auto"):
 
 
 def compiled(function, device):
-    """torch.compile with static shapes; on CUDA in the mode that captures graphs. Costs a minute at first use."""
+    """torch.compile with static shapes; on CUDA in the mode that captures graphs. Costs minutes at first."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not shutil.which(compiler.split()[0]):
-        die(f"--compile needs a C++ compiler and {compiler!r} isn't there: install one, name it in CXX, or leave "
-            "--compile away")
+        die(f"--compile needs a C++ compiler and {compiler!r} isn't there: install one, name it in CXX, or "
+            "leave --compile away")
     return torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
@@ -70,6 +71,9 @@ def peak_mem_mb(device):
     """CUDA: the allocator's peak; elsewhere the peak resident size of the process; in MB (10⁶ bytes)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: getrusage's number would be the launching process's, if that was larger
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 

@@ -20,7 +20,7 @@ def transposed(name):  # transformers keeps GPT-2's projections as (in, out)
 
 
 def load_gpt2(source, model_class, config_class):
-    """A folder in transformers' format, or a name in the hub or its cache -> the model, or a clear message."""
+    """A folder in transformers' format, or a name in the hub or its cache -> the model, or a message."""
     safetensors, folder = need("safetensors.torch", "hf"), Path(source)
     if not folder.is_dir():
         try:

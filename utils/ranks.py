@@ -30,7 +30,7 @@ def one_voice():
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
             yield
     except SystemExit:
-        # torchrun ends all with the first, so rank 0 must come to speak; is it still there, I am alone with this
+        # torchrun ends all with the first, so rank 0 must come to speak; if it stays, I am alone with this
         where = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
         with contextlib.suppress(OSError):
             for _ in range(10):
@@ -47,8 +47,8 @@ def meeting():
         yield
     except (RuntimeError, ValueError) as error:  # gloo and NCCL name a dozen ways of "the other one is gone"
         die(f"another process is gone, or can't be reached at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0][:100]}). Is the address in use? Name "
-            "another --master_port; a run goes on from its last checkpoint with --resume.")
+            f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0][:100]}). Is the address in use? "
+            "Name another --master_port; a run goes on from its last checkpoint with --resume.")
 
 
 def start(device="auto", backend="auto"):
@@ -84,7 +84,7 @@ def first_on_rank_0(make):
 def share(n, what):
     """This process's part of n things, as a slice; all parts are equal."""
     if n % world():
-        die(f"{what} {n} doesn't split into {world()} equal parts: wanted a multiple of the number of processes")
+        die(f"{what} {n} doesn't split into {world()} equal parts: wanted a multiple of the processes' number")
     return slice(rank() * n // world(), (rank() + 1) * n // world())
 
 
