@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|cnn|exact|vit|clip|c2i]
+# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|learn|cnn|exact|vit|clip|c2i]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -41,7 +41,12 @@ if want char; then
   $python sft.py --preset char --data shakespeare --log results/char.csv --out out/r-char
 fi
 if want speed; then
-  OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py --out results/vs_trl.csv
+  OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py --compile --out results/vs_trl.csv
+  OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py --compile --prompt_len 192 --group_size 16 --prompts_per_step 4 \
+    --out results/vs_trl_long.csv
+fi
+if want learn; then  # from base's π₀: 3 seeds of each engine and objective, two runs side by side
+  $python benchmarks/vs_trl.py --learn --prompts_per_step 16 --jobs 2 --out results/learn
 fi
 
 rl="--aux_ce_coef 0 --temperature 1.5 --grpo_steps 1500"  # reward alone; the default adds 0.1 × cross-entropy

@@ -73,6 +73,7 @@ class Args:
 
 # ---- seconds a step ----
 def speed(args, folder):
+    need("trl", "dev")
     work = Work(**sizes(args), steps=args.warmup + args.steps, seed=args.seed, threads=args.threads,
                 objective="grpo", beta=0.04, lr=1e-4, reward="letter_share")
     draw, count = random.Random(args.seed), 10 * args.prompts_per_step
@@ -156,6 +157,7 @@ def learn(args, folder):
     if args.prompt_len + args.max_new > model.config.block_size:
         die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's context of "
             f"{model.config.block_size} tokens: shorten one")
+    need("trl", "dev")
     text, source = load_corpus(args.data)
     rows = heading_prompts(split(text)[0], tokenizer, args.prompt_len, source).tolist()
     texts = {tokenizer.decode(row): row for row in rows}  # once each; the first word may be a part of one
@@ -205,7 +207,8 @@ def compare(runs):
 
     A run's result is its mean over the last steps. difference: ours - TRL's, means over seeds;
     standard_error: √(s²/n + s²/n), each s an engine's unbiased std over its n seeds; of_rise: the difference
-    over the mean result less that of the first step, of all runs. agree: two standard errors, 10 % of the rise.
+    over the mean result less the first step's mean, of all runs. agree: |difference| is at most two standard
+    errors and 10 % of the rise.
     """
     found = []
     for objective in dict.fromkeys(o for _, o, _ in runs):
@@ -269,7 +272,6 @@ def main(args):
         die(f"--out {args.out}: with --learn wanted a folder; the figure goes beside it as .png")
     if not args.learn and not args.out.endswith(".csv"):
         die(f"--out {args.out}: wanted a name that ends in .csv; the record goes beside it as .json")
-    need("trl", "dev")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the temporary folder goes
     with tempfile.TemporaryDirectory(prefix="vs_trl-") as name:
         os.environ.update(TMPDIR=name, HF_HOME=f"{name}/cache", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="",
