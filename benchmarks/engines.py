@@ -234,7 +234,7 @@ def run_trl(folder, work, dtype):
             seconds[-1] += time.perf_counter()
 
         def on_log(self, *args, logs, **kwargs):
-            if "kl" in logs:  # the last one is of the whole run
+            if "loss" in logs:  # a step's; the last one is of the whole run
                 rows.append({"step": len(rows), "loss": logs["loss"], "mean_r": logs["reward"],
                              "kl": logs["kl"], "entropy": logs["entropy"], "token_adv": "",
                              "samples": len(seconds) * work.prompts_per_step * work.group_size,

@@ -82,8 +82,8 @@ def test_turns_side_by_side_keep_their_numbers(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     os.mkfifo(tmp_path / "pipe")
     pipe = tmp_path / "pipe"  # its reader waits for a writer
-    done = dict(engines.side_by_side([(Path.read_text, pipe), (Path.write_text, pipe, "four")], 2))
-    assert done == {0: "four", 1: 4}
+    calls = [(Path.read_text, pipe), (Path.write_text, pipe, "four")]
+    assert dict(engines.side_by_side(calls, 2)) == {0: "four", 1: 4}
 
 
 def test_trls_tokenizer_gives_our_ids():
