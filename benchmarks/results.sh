@@ -42,7 +42,14 @@ if want char; then
   $python sft.py --preset char --data shakespeare --log results/char.csv --out out/r-char
 fi
 if want speed; then
+  long="--prompt_len 192 --group_size 16 --prompts_per_step 4"
   OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py --out results/vs_trl.csv
+  OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py $long --out results/vs_trl_long.csv
+  OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py --compile --rounds 1 --out results/vs_trl_compiled.csv
+  OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py $long --compile --rounds 1 --out results/vs_trl_long_compiled.csv
+fi
+if want learn; then  # from base's π₀: 3 seeds of each engine and objective, two runs side by side
+  $python benchmarks/vs_trl.py --learn --data shakespeare --jobs 2 --out results/learn
 fi
 if want roofline; then  # this one and the next want a machine with nothing else to do
   OMP_NUM_THREADS=2 $python benchmarks/roofline.py --compile --out results/roofline.csv

@@ -1,4 +1,4 @@
-"""benchmarks/vs_trl.py: how it times, summarises and refuses; one slow test runs the comparison."""
+"""benchmarks/vs_trl.py: how it times, summarises and refuses; the slow tests run both comparisons."""
 import csv
 import importlib.util
 import json
@@ -15,7 +15,13 @@ ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("vs_trl", ROOT / "benchmarks" / "vs_trl.py")
 vs_trl = importlib.util.module_from_spec(spec)
 sys.modules["vs_trl"] = vs_trl
-spec.loader.exec_module(vs_trl)
+spec.loader.exec_module(vs_trl)  # it puts engines.py on the path
+import engines  # noqa: E402
+
+from model import GPT, GPTConfig  # noqa: E402
+from utils import checkpoint  # noqa: E402
+from utils.text import PLAY  # noqa: E402
+from utils.tokenizer import train_tokenizer  # noqa: E402
 
 
 def test_summary_is_trls_best_over_ours():
@@ -32,19 +38,23 @@ def test_summary_is_trls_best_over_ours():
 
 
 def test_an_answer_that_ended_early_is_refused():
-    assert vs_trl.letter_share(["e" * 16 + "x" * 48], ["?"]) == [0.25]
+    assert engines.letter_share(["e" * 16 + "x" * 48], ["?"]) == [0.25]
     with pytest.raises(ValueError, match="63 tokens"):
-        vs_trl.letter_share(["x" * 63, "x" * 64], ["?", "?"])
+        engines.letter_share(["x" * 63, "x" * 64], ["?", "?"])
+    two = {"completions": ["ex", "ex"], "prompts": ["?", "?"], "max_new": [2, 2]}
+    assert engines.letter_share(**two, completion_ids=[[1, 2], [1, 2]]) == [0.5, 0.5]
+    with pytest.raises(ValueError, match="3 tokens.* wants 2"):  # one of them has no text
+        engines.letter_share(**two, completion_ids=[[1, 2], [1, 2, 65]])
 
 
 def test_phase_timers_name_each_span_and_leave_nothing_behind():
     """The model slowed by hand in each phase: its span is at least as long; afterwards GPT is what it was."""
-    before = vs_trl.GPT.generate, vs_trl.GPT.score
-    model = vs_trl.GPT(vs_trl.GPTConfig(5, 8, n_layer=1, n_head=1, n_embd=8))
+    before = GPT.generate, GPT.score
+    model = GPT(GPTConfig(5, 8, n_layer=1, n_head=1, n_embd=8))
     model.ln_f.register_forward_hook(lambda *_: time.sleep(0.03))
     optimizer = torch.optim.AdamW(model.parameters())
     tokens = torch.zeros(2, 6, dtype=torch.long)
-    with vs_trl.phase_timers() as spans:
+    with engines.phase_timers() as spans:
         model.generate(tokens[:, :4], 2)
         with torch.no_grad():
             model.score(tokens, 4)
@@ -55,16 +65,63 @@ def test_phase_timers_name_each_span_and_leave_nothing_behind():
     assert [name for name, _ in spans] == ["rollout", "reference", "update"]
     assert spans[0][1] >= 0.06 and spans[1][1] >= 0.03 and spans[2][1] >= 0.08
     optimizer.step()
-    assert len(spans) == 3 and (vs_trl.GPT.generate, vs_trl.GPT.score) == before
+    assert len(spans) == 3 and (GPT.generate, GPT.score) == before
 
 
 def test_a_turn_is_a_process_whose_failure_is_ours(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # the child finds the module there
-    assert vs_trl.alone(os.getppid) == os.getpid()
+    assert engines.alone(os.getppid) == os.getpid()
     for function, code in ((sys.exit, 7), (os.abort, 1)):  # its own exit code; killed by a signal
         with pytest.raises(SystemExit) as stopped:
-            vs_trl.alone(function, *([7] if code == 7 else []))
+            engines.alone(function, *([7] if code == 7 else []))
         assert stopped.value.code == code
+
+
+def test_turns_side_by_side_keep_their_numbers(monkeypatch, tmp_path):
+    """Two at a time: the first ends only when the second has begun, and each result has its call's number."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    os.mkfifo(tmp_path / "pipe")
+    pipe = tmp_path / "pipe"  # its reader waits for a writer
+    calls = [(Path.read_text, pipe), (Path.write_text, pipe, "four")]
+    assert dict(engines.side_by_side(calls, 2)) == {0: "four", 1: 4}
+
+
+def test_trls_tokenizer_gives_our_ids():
+    """On the play, whose merges were learned from its first half only, and on text that is in no corpus."""
+    pytest.importorskip("transformers")
+    play = PLAY.read_text(encoding="utf-8")
+    ours = train_tokenizer("bpe", play[:len(play) // 2], 600)
+    other = engines.hf_tokenizer(ours)
+    texts = [play, "\n\n\n", " ", "don't 'tis 1623!\tWho's  there?\n\nA\n", "Zoë’s café, naïve — 東京"]
+    ids = [ours.encode(text) for text in texts]
+    assert other(texts)["input_ids"] == ids and other.batch_decode(ids) == texts
+    assert other.eos_token_id == ours.stops[0][0] == ours.vocab_size - 1
+    assert other.decode(ids[1], skip_special_tokens=True) == "\n"
+    char = train_tokenizer("char", "abc .")
+    assert engines.hf_tokenizer(char)("c. ab")["input_ids"] == char.encode("c. ab")
+
+
+def test_compare_is_in_standard_errors_and_of_the_rise():
+    """From 0 to 1.0, 1.2 and to 0.9, 1.1: difference 0.1, each s² 0.02, so the error √0.02."""
+    def run(first, end, seconds):
+        rows = [{"mean_r": first, "kl": 0.0, "seconds": 1.0}]
+        return rows + [{"mean_r": end, "kl": end / 10, "seconds": seconds}] * vs_trl.LAST
+    runs = {("ours", "grpo", 0): run("0.0", 1.0, 10.0), ("trl", "grpo", 0): run(0.0, 0.9, 30.0),
+            ("trl", "grpo", 1): run(0.0, 1.1, 30.0), ("ours", "grpo", 1): run(0.0, 1.2, "10.0")}
+    reward, kl = vs_trl.compare(runs)
+    assert (reward["objective"], reward["metric"], kl["metric"]) == ("grpo", "mean_r", "kl")
+    assert reward["seeds_ours"] == pytest.approx([1.0, 1.2])
+    assert reward["seeds_trl"] == pytest.approx([0.9, 1.1])
+    assert reward["difference"] == pytest.approx(0.1)
+    assert reward["standard_error"] == pytest.approx(0.02 ** 0.5)
+    for row in (reward, kl):
+        assert row["standard_errors"] == pytest.approx(0.1 / 0.02 ** 0.5)
+        assert row["of_rise"] == pytest.approx(0.1 / 1.05)
+    assert reward["seconds_trl_over_ours"] == 3.0 and reward["agree"] is True
+    runs["ours", "grpo", 1] = run(0.0, 1.4, 10.0)  # 0.2 apart: 0.89 errors, but 18 % of the rise
+    assert vs_trl.compare(runs)[0]["agree"] is False
+    one_seed = vs_trl.compare({key: rows for key, rows in runs.items() if key[2] == 0})[0]
+    assert one_seed["standard_error"] is None and one_seed["agree"] is None
 
 
 @pytest.mark.parametrize("words, code, said", [
@@ -79,6 +136,30 @@ def test_command_line(words, code, said, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("given, said", [
+    ({"out": "x.csv"}, "--out x.csv"), ({"steps": 10}, "--steps 10"), ({"jobs": 0}, "--jobs 0"),
+    ({"group_size": 1}, "--group_size 1")])
+def test_bad_input_of_learn(given, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        vs_trl.main(vs_trl.Args(learn=True, **given))
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_learn_wants_a_bpe_policy_that_has_room(tmp_path, capsys):
+    """No file, a char policy, a context that is too short: one line each, exit code 2."""
+    args = vs_trl.Args(learn=True, policy=str(tmp_path / "p.pth"), max_new=48)
+    cases = [(None, "run `python sft.py`"), (train_tokenizer("char", "abc"), "wanted bpe"),
+             (train_tokenizer("bpe", "abcabc"), "--prompt_len 32 + --max_new 48")]
+    for tokenizer, said in cases:
+        if tokenizer:
+            model = GPT(GPTConfig(tokenizer.vocab_size, 64, n_layer=1, n_head=1, n_embd=8))
+            checkpoint.save(args.policy, "policy", model, tokenizer)
+        with pytest.raises(SystemExit) as stopped:
+            vs_trl.learn(args, tmp_path)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_both_engines_run_and_leave_only_the_results(tmp_path):
     pytest.importorskip("trl")
@@ -91,10 +172,45 @@ def test_both_engines_run_and_leave_only_the_results(tmp_path):
     rows = list(csv.DictReader(open(tmp_path / "vs.csv", newline="")))
     record = json.loads((tmp_path / "vs.json").read_text())
     assert {r["engine"] for r in rows} == {"ours", "trl"}
+    sizes = {"prompts_per_step": "8", "group_size": "8", "prompt_len": "32", "max_new": "64", "compiled": "0"}
+    assert all(sizes.items() <= row.items() for row in rows)
     assert all(float(r["seconds_per_step"]) > 0 for r in rows)
     for row in (r for r in rows if r["run"] == "phases"):
-        assert sum(float(row[k]) for k in (*vs_trl.PHASES, "other")) == pytest.approx(1, abs=1e-3)
+        assert sum(float(row[k]) for k in (*engines.PHASES, "other")) == pytest.approx(1, abs=1e-3)
         assert 0 <= float(row["other"]) < 0.2
     assert all(len(turn["seconds"]) == 3 and len(turn["wall"]) == 2 for turn in record["turns"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tmp", "vs.csv", "vs.json"]
+    assert not [p.name for p in (tmp_path / "tmp").iterdir()]
+
+
+@pytest.mark.slow
+def test_both_engines_learn_from_one_policy(tmp_path):
+    """A π₀ of random weights that says little else than love, hate and the stop: rewards differ."""
+    pytest.importorskip("trl")
+    (tmp_path / "tmp").mkdir()
+    tokenizer = train_tokenizer("bpe", PLAY.read_text(encoding="utf-8") + " love hate" * 5000, 400)
+    words = tokenizer.encode(" love hate\n\n")
+    assert len(words) == 3
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(tokenizer.vocab_size, 32, n_layer=1, n_head=2, n_embd=32, dropout=0.1))
+    with torch.no_grad():  # ln_f's output then has the mean 1 over 32 dimensions: these logits gain 32 · 0.25
+        model.ln_f.bias += 1.0
+        model.wte.weight[words] += 0.25
+    checkpoint.save(tmp_path / "p.pth", "policy", model, tokenizer)
+    command = [sys.executable, "benchmarks/vs_trl.py", "--learn", "--policy", str(tmp_path / "p.pth"),
+               "--data", "play", "--objectives", "dapo", "--seeds", "1", "--steps", "11",
+               "--prompts_per_step", "4", "--prompt_len", "8", "--max_new", "8", "--jobs", "2",
+               "--out", str(tmp_path / "learn")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"TMPDIR": str(tmp_path / "tmp")})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for engine in ("ours", "trl"):
+        rows = list(csv.DictReader(open(tmp_path / f"learn/{engine}-dapo-s0.csv", newline="")))
+        assert list(rows[0]) == engines.CURVE and [int(r["step"]) for r in rows] == list(range(11))
+        assert [int(r["samples"]) for r in rows] == list(range(32, 32 * 12, 32))
+        kl = [float(r["kl"]) for r in rows]
+        assert abs(kl[0]) < 1e-6 < kl[-1]  # the policy begins at π₀, without dropout, and leaves it
+    record = json.loads((tmp_path / "learn/summary.json").read_text())
+    assert [row["metric"] for row in record["comparison"]] == ["mean_r", "kl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["learn", "learn.png", "p.pth", "tmp"]
     assert not [p.name for p in (tmp_path / "tmp").iterdir()]
