@@ -84,7 +84,7 @@ def first_on_rank_0(make):
 def share(n, what):
     """This process's part of n things, as a slice; all parts are equal."""
     if n % world():
-        die(f"{what} {n} doesn't split into {world()} equal parts: wanted a multiple of the processes' number")
+        die(f"{what} {n} doesn't split into {world()} equal parts: wanted a multiple of their number")
     return slice(rank() * n // world(), (rank() + 1) * n // world())
 
 

@@ -10,7 +10,7 @@ import torch
 
 from utils.cli import die, need, writing
 from vision.data import step_index
-from vision.vlm_data import picture
+from vision.vlm_data import Scorer, picture
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
@@ -182,8 +182,8 @@ def score(model, inputs, answers, mask, temperature):
     return logq.gather(2, answers[:, :, None])[:, :, 0], -(logq.detach().exp() * logq.detach()).sum(2)
 
 
-def supervise(examples, steps, lr, seed, device):
-    """The tiny model after `steps` of cross-entropy on "067,046", the centres of the examples' boxes."""
+def supervise(examples, steps, lr, seed, device, until=1.0):
+    """The tiny model after cross-entropy on "067,046", the centres of boxes; ends when `until` are right."""
     torch.manual_seed(seed)
     processor = tiny_processor()
     model = tiny_model(processor.tokenizer).to(device)
@@ -199,4 +199,8 @@ def supervise(examples, steps, lr, seed, device):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if step % 10 == 9:
+            texts = generate(model, inputs_of(processor, examples[:128], device), processor, 8)[2]
+            if Scorer.parts(texts, examples[:128])["accuracy_reward_coord"].mean() >= until:
+                break
     return model, processor
