@@ -155,9 +155,10 @@ class GPT(nn.Module):
             position = (position - pad[:, None]).clamp(min=0)
             position = position.repeat_interleave(len(tokens) // len(pad), 0)
         x = F.dropout(self.wte(tokens) + self.wpe(position), self.config.dropout, self.training)
+        again = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.h):
             args = x, attn_mask, None if cache is None else cache[i], slots
-            x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)
+            x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         return self.ln_f(x)
 
     def logits(self, hidden):

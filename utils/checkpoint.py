@@ -73,7 +73,7 @@ def same_tokenizer(path, content, tokenizer, policy_path):
 
 # arguments that a resume may give otherwise than the run began with
 MAY_CHANGE = {"resume", "steps", "grpo_steps", "save_every", "eval_every", "eval_interval", "num_workers",
-              "track", "log", "log_dir", "out", "ckpt_dir", "device"}
+              "track", "log", "log_dir", "out", "output_dir", "ckpt_dir", "device"}
 
 
 def load_state(path, args, made_by, wanted=("config", "tokenizer", "model")):
