@@ -147,13 +147,13 @@ class GPT(nn.Module):
         slots = None if not P else position - P if static else slice(t0 - P, S - P)
         attn_mask = None  # causal
         if pad is not None or static or (t0 and T > 1):
-            pad = tokens.new_zeros(1) if pad is None else pad
+            left = tokens.new_zeros(1) if pad is None else pad
             key = torch.arange(S, device=tokens.device)
-            seen = (key >= pad[:, None, None]) & (key <= position[:, None])
+            seen = (key >= left[:, None, None]) & (key <= position[:, None])
             # padding sees itself: a softmax over nothing would be NaN
             attn_mask = (seen | (key == position[:, None]))[:, None]  # (B or 1, 1, T, S)
-            position = (position - pad[:, None]).clamp(min=0)
-            position = position.repeat_interleave(len(tokens) // len(pad), 0)
+        if pad is not None:
+            position = (position - pad[:, None]).clamp(min=0).repeat_interleave(len(tokens) // len(pad), 0)
         x = F.dropout(self.wte(tokens) + self.wpe(position), self.config.dropout, self.training)
         again = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.h):
