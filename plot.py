@@ -173,7 +173,10 @@ def draw_run(ax, curves, style, shift):
         for seed_x, seed_y in curves:  # without a shared range xs is empty, and all of a seed lies outside
             outside = (seed_x <= xs.min(initial=np.inf)) | (seed_x >= xs.max(initial=-np.inf))
             ax.plot(seed_x, np.where(outside, seed_y, np.nan), color=style["color"], linewidth=0.8, alpha=0.6)
-    marks = (0.12 * shift, 0.12) if len(xs) > 16 else None  # at equal distances, those of two runs apart
+    marks = None
+    if len(xs) > 16:  # eight markers at equal distances in x, those of two runs apart
+        places = xs[0] + (xs[-1] - xs[0]) / 8 * (np.arange(8) + shift)
+        marks = np.unique(np.searchsorted(xs, places).clip(max=len(xs) - 1)).tolist()
     ax.plot(xs, ys, **style, linewidth=1.8, markersize=4, markevery=marks, zorder=2.5)
 
 
