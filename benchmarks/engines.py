@@ -84,7 +84,8 @@ def hf_tokenizer(ours):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     if ours.name == "char":
         stop = "<eos>"  # TRL wants one; the policy has no such id, so no answer has it
-        made = tokenizers.Tokenizer(models.WordLevel(ours.ids | {stop: len(ours.ids)}, unk_token=stop))
+        ids = {token: i for i, token in enumerate([*ours.table, stop])}
+        made = tokenizers.Tokenizer(models.WordLevel(ids, unk_token=stop))
         made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
         made.decoder = decoders.Fuse()
     else:
