@@ -72,14 +72,15 @@ def group_attention(q, k, v, attn_mask, cache, slots):
     """
     (B, _, P, d), (N, _, T, _) = cache[0].shape, q.shape
     G = N // B
-    q, k, v = (x.unflatten(0, (B, G)).transpose(1, 2) for x in (q, k, v))  # (B, heads, G, T, d)
+    q, k, v = (x.unflatten(0, (B, G)).transpose(1, 2) for x in (q * d ** -0.5, k, v))  # (B, heads, G, T, d)
+    q = q.contiguous()
     if len(cache) == 4:
         for buffer, new in zip(cache[2:], (k, v)):
             buffer[:, :, :, slots] = new
         end = slots.stop if isinstance(slots, slice) else None  # static: all, and the mask hides the rest
         k, v = (buffer[:, :, :, :end] for buffer in cache[2:])
     to_prompt = (q.flatten(2, 3) @ cache[0].transpose(2, 3)).unflatten(2, (G, T))
-    weights = torch.cat([to_prompt, q @ k.transpose(3, 4)], -1) * d ** -0.5  # (B, heads, G, T, P + S)
+    weights = torch.cat([to_prompt, q @ k.transpose(3, 4)], -1)  # (B, heads, G, T, P + S)
     if attn_mask is not None:
         weights = weights.masked_fill(~attn_mask[:, :, None], -torch.inf)
     weights = weights.softmax(-1).to(v.dtype)
