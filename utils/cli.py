@@ -31,6 +31,7 @@ def parse(args_class, presets=None):
     if presets:
         first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
         first.add_argument("--preset", choices=presets)
+        first.error = lambda message: die(f"{message}: wanted one of {', '.join(presets)}")
         known, rest = first.parse_known_args()
         default = presets.get(known.preset, default)
     args = tyro.cli(args_class, prog=prog, args=rest, default=default,
