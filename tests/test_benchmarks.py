@@ -68,6 +68,7 @@ def test_phase_timers_name_each_span_and_leave_nothing_behind():
     assert len(spans) == 3 and (GPT.generate, GPT.score) == before
 
 
+@pytest.mark.slow
 def test_a_turn_is_a_process_whose_failure_is_ours(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # the child finds the module there
     assert engines.alone(os.getppid) == os.getpid()

@@ -167,6 +167,7 @@ def test_scaling_writes_table_figure_and_record(tmp_path, monkeypatch):
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_roofline_runs(tmp_path):
     args = roofline.Args(layers=2, heads=2, width=16, vocab=11, prompts_per_step=2, group_size=2,
                          prompt_len=4, max_new=4, repeats=1, warmup=0, large=32, copy_mb=(1, 2),

@@ -198,6 +198,7 @@ def two_ranks(*words, port=None):
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(2)]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_the_checkpoint_stays():
     with open("lone.py", "w") as file:
         file.write(LONE)
