@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import checkpoint
 from utils.cli import atomic_write, die, writing
 from utils.device import rank, world
-from utils.ranks import first_on_rank_0, mean, one_voice, start, stop  # noqa: F401  (dist.…)
+from utils.ranks import first_on_rank_0
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves by itself: it is meant
 HOOKS = {torch.bfloat16: default_hooks.bf16_compress_hook, torch.float16: default_hooks.fp16_compress_hook}

@@ -17,10 +17,10 @@ import utils  # before torch: it sets how OpenMP's threads wait
 import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from utils import checkpoint, dist
+from utils import checkpoint, dist, ranks
 from utils.cli import Interrupt, die, need, parse, resume_command
 from utils.device import peak_mem_mb, write_run_record
-from utils.log import SHARED, Log
+from utils.log import SHARED, Log, add
 from utils.task import step_generator
 from vision.c2i_data import batches, load_data, write_codes
 from vision.c2i_models import GPTS, TOKENIZERS, report, resolve
@@ -120,16 +120,16 @@ def start_wandb(args):
 
 def main(args):
     # ---- set-up ----
-    with dist.one_voice():
+    with ranks.one_voice():
         args, is_digits = resolve(args)
-        device = dist.start(args.device, args.backend)
+        device = ranks.start(args.device, args.backend)
         torch.set_float32_matmul_precision("high" if args.mixed_precision == "tf32" else "highest")
         dtype, grad_dtype = DTYPES[args.mixed_precision], DTYPES[args.grad_precision]
-        rank, world, seed = dist.rank(), dist.world(), args.global_seed
+        rank, world, seed = ranks.rank(), ranks.world(), args.global_seed
         B, G = args.sample_batch_size, args.num_generations
         folder = args.resume and dist.newest(args.ckpt_dir, "python -m vision.c2i_grpo")
         state = args.resume and began_alike(folder / "run.pth", args, B * world)
-        vq, bare, net, judge = dist.first_on_rank_0(lambda: load_models(args, is_digits, device))
+        vq, bare, net, judge = ranks.first_on_rank_0(lambda: load_models(args, is_digits, device))
         T, forced = bare.config.block_size, args.sampling == "teacher-forced"
         score_images = pick_reward(args, net, is_digits)
         data = load_data(args, is_digits, T)
@@ -240,36 +240,34 @@ def main(args):
             logp_old = [scored(policy, part)[0] for part in parts] if updates > 1 else None
 
         # ---- update ----
-        sums = {"ratio_max": 0.0, "sampler_gap_max": 0.0}
+        sums = {}
         for i, part in enumerate(parts):
             logp, entropy = scored(policy, part)
             old = logp.detach() if updates == 1 else logp_old[i]
             loss, stats = grpo_loss(logp, old, logp_ref[i], adv[part], torch.ones_like(logp), objective,
                                     n_answers=args.gradient_accumulation_steps * logp[:, :, 0].numel())
             scaler.scale(loss).backward()  # averaged over the processes, so n_answers is that of one
-            gap = (old - logp_sampled.view(B, G, T)[part]).abs().max().item()
-            stats |= {"loss": loss.detach() * args.gradient_accumulation_steps, "entropy": entropy.mean()}
-            sums["ratio_max"] = max(sums["ratio_max"], stats.pop("ratio_max").item())
-            sums["sampler_gap_max"] = max(sums["sampler_gap_max"], gap)
-            sums |= {k: sums.get(k, 0.0) + v.item() / len(parts) for k, v in stats.items()}
+            stats |= {"loss": loss.detach() * args.gradient_accumulation_steps, "entropy": entropy.mean(),
+                      "sampler_gap_max": (old - logp_sampled.view(B, G, T)[part]).abs().max()}
+            add(sums, stats, 1 / len(parts))
             if (i + 1) % args.gradient_accumulation_steps == 0:
                 scaler.unscale_(optimizer)
                 norm = dist.clip(policy, args.max_grad_norm)
                 if not scaler.is_enabled():  # it skips such a step by itself
-                    with dist.one_voice():
+                    with ranks.one_voice():
                         checkpoint.finite(step, args.ckpt_dir, grad_norm=norm,
-                                          **dist.mean({"loss": loss.detach()}))
+                                          **ranks.mean({"loss": loss.detach()}))
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
-                sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm / updates
+                add(sums, {"grad_norm": norm}, 1 / updates)
 
         # ---- log ----
         seconds, samples = seconds + time.perf_counter() - clock, samples + B * G * world
         sums.pop("pg_loss")
         sums |= {"mean_r": reward.mean(), "token_adv": adv.abs().mean(), "stop_max": float(interrupt.asked),
                  "frac_zero_std": (reward.std(1) == 0).float().mean()}
-        sums = dist.mean(sums)
+        sums = ranks.mean(sums)
         stop = sums.pop("stop_max") > 0
         if rank == 0 and (row or step % args.log_interval == 0):
             log.write(step=step, samples=samples, seconds=seconds, sampling_s=sampling_s,
@@ -280,7 +278,7 @@ def main(args):
                 run.log({"images": need("wandb", "log").Image(path)}, step=step)
         if stop:
             save(step + 1)
-            with dist.one_voice():
+            with ranks.one_voice():
                 interrupt.leave(resume_command())
     if args.ckpt_every:
         save(steps)
@@ -290,7 +288,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with dist.one_voice():
+    with ranks.one_voice():
         typed = parse(Args)
     main(typed)
-    dist.stop()
+    ranks.stop()
