@@ -42,50 +42,54 @@ class Attention(nn.Module):
     def forward(self, x, attn_mask=None, cache=None, slots=None):
         N, T, C = x.shape
         qkv = self.c_attn(x).view(N, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
         dropout = self.dropout if self.training else 0.0
-        if slots is not None:
-            y = group_attention(q, k, v, attn_mask, cache, slots)
-        elif q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        if slots is not None and len(cache) == 3:
+            return self.c_proj(decode_attention(qkv, attn_mask, cache, slots))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
+        if slots is not None:  # answers look at their prompt too
+            each = N // len(cache[0])
+            k, v = (torch.cat([old.repeat_interleave(each, 0), new], 2) for old, new in zip(cache, (k, v)))
+            attn_mask = attn_mask if len(attn_mask) == 1 else attn_mask.repeat_interleave(each, 0)
+        elif cache is not None:
+            cache[:] = k.contiguous(), v.contiguous()  # every later token reads them
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":
             y = plain_attention(q, k, v, attn_mask, dropout)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=attn_mask is None)
-        if cache is not None and slots is None:
-            cache[:] = k.contiguous(), v.contiguous()  # every later token reads them
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(N, T, C)), dropout)
 
 
+@torch.autocast("cpu", enabled=False)  # it would copy what softmax reads into float32 and back
 def plain_attention(q, k, v, attn_mask, dropout):
     """softmax(q·kᵀ/√d)·v, written out: on a CPU in bfloat16, PyTorch's fused one has a slow backward pass."""
     if attn_mask is None:
         attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    weights = (q @ k.transpose(2, 3)) * q.shape[3] ** -0.5  # (N, heads, T, T)
-    weights = weights.masked_fill(~attn_mask, -torch.inf).softmax(-1).to(v.dtype)
+    hide = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
+    weights = ((q * q.shape[3] ** -0.5) @ k.transpose(2, 3)).add_(hide).softmax(-1)  # (N, heads, T, S)
     return F.dropout(weights, dropout) @ v
 
 
-def group_attention(q, k, v, attn_mask, cache, slots):
-    """Attention of G answers to their prompt, whose keys and values the group holds once, and to themselves.
+def decode_attention(qkv, attn_mask, cache, slots):
+    """Attention of G answers' new tokens to their prompt, which the group holds once, and to themselves.
 
-    q, k, v (B·G, heads, T, d) of the answers' tokens; cache: the prompt's keys and values (B, heads, P, d)
-    and, when decoding, buffers for the answers' own (B, heads, G, S, d), whose `slots` are written here.
+    qkv (B·G, T, 3, heads, d) -> (B·G, T, heads·d). cache: the prompt's keys and values (B, heads, P, d) and
+    one buffer of both for the answers' own (2, B, heads, G, S, d), whose `slots` are written here.
     """
-    (B, _, P, d), (N, _, T, _) = cache[0].shape, q.shape
+    (prompt_k, prompt_v, own), (N, T, _, H, d) = cache, qkv.shape
+    B, _, P, _ = prompt_k.shape
     G = N // B
-    q, k, v = (x.unflatten(0, (B, G)).transpose(1, 2) for x in (q * d ** -0.5, k, v))  # (B, heads, G, T, d)
-    q = q.contiguous()
-    if len(cache) == 4:
-        for buffer, new in zip(cache[2:], (k, v)):
-            buffer[:, :, :, slots] = new
-        end = slots.stop if isinstance(slots, slice) else None  # static: all, and the mask hides the rest
-        k, v = (buffer[:, :, :, :end] for buffer in cache[2:])
-    to_prompt = (q.flatten(2, 3) @ cache[0].transpose(2, 3)).unflatten(2, (G, T))
-    weights = torch.cat([to_prompt, q @ k.transpose(3, 4)], -1)  # (B, heads, G, T, P + S)
+    qkv = qkv.view(B, G, T, 3, H, d).permute(3, 0, 4, 1, 2, 5)  # (3, B, heads, G, T, d)
+    own[..., slots, :] = qkv[1:]
+    end = slots.stop if isinstance(slots, slice) else None  # static: all, and the mask hides the rest
+    k, v = own[..., :end, :]
+    q = (qkv[0] * d ** -0.5).reshape(B, H, G * T, d)
+    to_prompt = (q @ prompt_k.transpose(2, 3)).view(B, H, G, T, P)
+    weights = torch.cat([to_prompt, q.view(B, H, G, T, d) @ k.transpose(3, 4)], -1)
     if attn_mask is not None:
         weights = weights.masked_fill(~attn_mask[:, :, None], -torch.inf)
-    weights = weights.softmax(-1).to(v.dtype)
-    y = (weights[..., :P].flatten(2, 3) @ cache[1]).unflatten(2, (G, T)) + weights[..., P:] @ v
-    return y.transpose(1, 2).flatten(0, 1)  # (B·G, heads, T, d)
+    weights = weights.softmax(-1)  # (B, heads, G, T, P + S)
+    y = (weights[..., P:] @ v).view(B, H, G * T, d) + weights[..., :P].flatten(2, 3) @ prompt_v
+    return y.view(B, H, G, T, d).permute(0, 2, 3, 1, 4).reshape(N, T, H * d)
 
 
 class MLP(nn.Module):
@@ -141,13 +145,13 @@ class GPT(nn.Module):
         """
         T, static = tokens.shape[1], isinstance(t0, torch.Tensor)
         P = cache[0][0].shape[2] if static or t0 else 0
-        S = P + cache[0][2].shape[3] if static else t0 + T
+        S = P + cache[0][2].shape[4] if static else t0 + T
         if S > self.config.block_size:
             raise ValueError(f"{S} tokens don't fit the context of {self.config.block_size} (block_size)")
         position = t0 + torch.arange(T, device=tokens.device)
         slots = None if not P else position - P if static else slice(t0 - P, S - P)
         attn_mask = None  # causal
-        if pad is not None or static or (t0 and T > 1):
+        if pad is not None or static or slots and (T > 1 or len(cache[0]) == 2):
             left = tokens.new_zeros(1) if pad is None else pad
             key = torch.arange(S, device=tokens.device)
             seen = (key >= left[:, None, None]) & (key <= position[:, None])
@@ -219,13 +223,13 @@ class GPT(nn.Module):
         hidden = self.hidden(prompt, pad, cache)[:, -1].repeat_interleave(group_size, 0)
         for layer in cache:
             k = layer[0]  # (B, heads, P, head_dim)
-            layer += [k.new_zeros(B, k.shape[1], group_size, max_new, k.shape[3]) for _ in "kv"]
+            layer.append(k.new_zeros(2, B, k.shape[1], group_size, max_new, k.shape[3]))
         tokens = torch.cat([prompt.repeat_interleave(group_size, 0), prompt.new_zeros(N, max_new)], dim=1)
         logp = torch.zeros(N, max_new, device=device)
         mask = torch.zeros(N, max_new, dtype=torch.bool, device=device)
         alive = torch.ones(N, dtype=torch.bool, device=device)
         position = torch.arange(P + max_new, device=device) if compiled else range(P + max_new)
-        step = compiled or self.next_token
+        step = compiled or torch.inference_mode()(self.next_token)
         for t in range(max_new):
             how = uniforms[:, t], temperature, top_k, top_p
             if t == 0:

@@ -21,8 +21,7 @@ def flops(c, B, G, P, T, shared=True, done=False):
     A pass over n tokens behind `first` others, a row: L·(24·C²·n + 4·C·pairs), where pairs are (token, token
     it looks at): first·n + n·(n + 1)/2. The output head: 2·C·V a position. Decode reads T - 1 tokens, one a
     pass. A backward pass costs twice the forward one. done=True counts the float32 calls on a CPU instead, as
-    FlopCounterMode does: whole squares, first·n + n², and in the backward pass of fused attention (prompts,
-    and answers that don't share theirs) the scores a second time.
+    FlopCounterMode does: whole squares, first·n + n², and the scores a second time in the backward pass.
     """
     C, L, N, head = c.n_embd, c.n_layer, B * G, 2 * c.n_embd * c.vocab_size
 
@@ -32,9 +31,9 @@ def flops(c, B, G, P, T, shared=True, done=False):
     found = {"prefill": rows(B, 0, P) + N * head}
     found["decode"] = sum(rows(N, P + t, 1) for t in range(T - 1)) + N * (T - 1) * head
     together = rows(B, 0, P) + rows(N, P, T - 1) if shared else rows(N, 0, P + T - 1)
-    again = 2 * C * L * (B * P ** 2 if shared else N * (P + T - 1) ** 2) if done else 0
+    squares = B * P ** 2 + N * (T - 1) * (P + T - 1) if shared else N * (P + T - 1) ** 2
     found["reference"] = together + N * T * head
-    found["update"] = 3 * found["reference"] + again
+    found["update"] = 3 * found["reference"] + (2 * C * L * squares if done else 0)
     return found
 
 
