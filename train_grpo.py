@@ -97,9 +97,6 @@ def main(args):
         state = checkpoint.load_state(f"{args.out}/state.pth", args, "python train_grpo.py")
         checkpoint.restore(state, args.out, model=policy, optimizer=optimizer)
         start, seconds, samples, tokens_seen = (state[k] for k in ("step", "seconds", "samples", "tokens"))
-    write_run_record(args.log, args, device=str(device), dtype=dtype, objective=asdict(objective))
-    log = Log(args.log, COLUMNS, args.steps, start, args.track, asdict(args))
-    interrupt = Interrupt()
     policy.checkpointing = args.grad_checkpoint
     shared = G if args.share_prompt == "yes" or args.share_prompt == "auto" and 2 * P >= T else 1
     fast = {"step": compiled(policy.next_token, device), "score": compiled(policy.score, device),
@@ -119,7 +116,8 @@ def main(args):
         asked = held_out.pick(torch.arange(len(held_out.texts))[:args.eval_prompts])
         uniforms = torch.rand(len(asked.texts), T, generator=step_generator(args.seed, 10**6))
         tokens, _, mask, texts = sample(asked, 1, uniforms)
-        return score(tokens, mask, asked, texts).mean(), JUDGES[args.gold](texts, asked.texts)
+        gold = JUDGES[args.gold](texts, asked.texts)
+        return {"eval_r": score(tokens, mask, asked, texts).mean(), "eval_gold": sum(gold) / len(gold)}
 
     def save(step):
         common = {"model": policy, "tokenizer": tokenizer}
@@ -128,13 +126,16 @@ def main(args):
                         optimizer=optimizer.state_dict(), step=step, seconds=seconds, samples=samples,
                         tokens=tokens_seen, args=asdict(args), threads=torch.get_num_threads())
 
+    first = evaluate()  # before anything is written: the reward is the user's, and may fail
+    write_run_record(args.log, args, device=str(device), dtype=dtype, objective=asdict(objective))
+    log = Log(args.log, COLUMNS, args.steps, start, args.track, asdict(args))
+    interrupt = Interrupt()
     for step in range(start, args.steps):
-        row = {}
         if step % args.save_every == 0:
             save(step)
+        row = {}
         if step % args.eval_every == 0:
-            row["eval_r"], gold = evaluate()
-            row["eval_gold"] = sum(gold) / len(gold)
+            row = first if step == start else evaluate()
         clock = time.perf_counter()
 
         # ---- rollout: G answers to each of B prompts, of which `mine` are this process's ----
@@ -211,9 +212,9 @@ def main(args):
             interrupt.leave(resume_command())
     save(args.steps)
     log.close()
-    eval_r, gold = evaluate()
-    print(f"{args.objective}: {args.steps} steps, {seconds:.0f} s; held-out reward {eval_r:.2f}, {args.gold} "
-          f"{sum(gold) / len(gold):.2f}; wrote {args.log} and {args.out}/policy.pth")
+    last = evaluate()
+    print(f"{args.objective}: {args.steps} steps, {seconds:.0f} s; held-out reward {last['eval_r']:.2f}, {args.gold} "
+          f"{last['eval_gold']:.2f}; wrote {args.log} and {args.out}/policy.pth")
     ranks.stop()
 
 

@@ -99,10 +99,6 @@ def main(args):
         state = checkpoint.load_state(f"{args.out}/state.pth", args, "python train_ppo.py")
         checkpoint.restore(state, args.out, model=policy, critic=critic, optimizer=optimizer)
         start, seconds, samples, tokens_seen = (state[k] for k in ("step", "seconds", "samples", "tokens"))
-    write_run_record(args.log, args, device=str(device), dtype=dtype)
-    log = Log(args.log, COLUMNS, args.steps, start, args.track, asdict(args))
-    interrupt = Interrupt()
-
     policy.checkpointing = critic.trunk.checkpointing = args.grad_checkpoint
     fast = {"step": compiled(policy.next_token, device), "score": compiled(policy.score, device),
             "ref": compiled(ref.score, device)} if args.compile else {}
@@ -121,7 +117,8 @@ def main(args):
         asked = held_out.pick(torch.arange(len(held_out.texts))[:args.eval_prompts])
         uniforms = torch.rand(len(asked.texts), T, generator=step_generator(args.seed, 10**6))
         tokens, _, mask, texts = sample(asked, 1, uniforms)
-        return score(tokens, mask, asked, texts).mean(), JUDGES[args.gold](texts, asked.texts)
+        gold = JUDGES[args.gold](texts, asked.texts)
+        return {"eval_r": score(tokens, mask, asked, texts).mean(), "eval_gold": sum(gold) / len(gold)}
 
     def save(step):
         common = {"model": policy, "tokenizer": tokenizer}
@@ -130,13 +127,16 @@ def main(args):
                         optimizer=optimizer.state_dict(), step=step, seconds=seconds, samples=samples,
                         tokens=tokens_seen, args=asdict(args), threads=torch.get_num_threads())
 
+    first = evaluate()  # before anything is written: the reward is the user's, and may fail
+    write_run_record(args.log, args, device=str(device), dtype=dtype)
+    log = Log(args.log, COLUMNS, args.steps, start, args.track, asdict(args))
+    interrupt = Interrupt()
     for step in range(start, args.steps):
-        row = {}
         if step % args.save_every == 0:
             save(step)
+        row = {}
         if step % args.eval_every == 0:
-            row["eval_r"], gold = evaluate()
-            row["eval_gold"] = sum(gold) / len(gold)
+            row = first if step == start else evaluate()
         clock = time.perf_counter()
 
         # ---- rollout: G answers to each of B prompts, of which `mine` are this process's ----
@@ -225,9 +225,9 @@ def main(args):
             interrupt.leave(resume_command())
     save(args.steps)
     log.close()
-    eval_r, gold = evaluate()
-    print(f"ppo: {args.steps} steps, {seconds:.0f} s; held-out reward {eval_r:.2f}, {args.gold} "
-          f"{sum(gold) / len(gold):.2f}; wrote {args.log} and {args.out}/policy.pth")
+    last = evaluate()
+    print(f"ppo: {args.steps} steps, {seconds:.0f} s; held-out reward {last['eval_r']:.2f}, {args.gold} "
+          f"{last['eval_gold']:.2f}; wrote {args.log} and {args.out}/policy.pth")
     ranks.stop()
 
 
