@@ -9,6 +9,7 @@ import torch
 from helpers import ROOT, TIMING, cli, read_csv, rl
 
 import train_grpo
+from utils import device
 from utils.log import Log
 from utils.rewards import distinct, meter, sentiment, syllables
 
@@ -93,6 +94,24 @@ def test_the_record_beside_the_csv(tmp_path, monkeypatch):
     assert record["threads"] == torch.get_num_threads()
     assert record["objective"]["beta"] == 0.05 and record["python"].count(".") == 2
     assert TIMING <= set(read_csv("logs/grpo.csv")[0])
+
+
+def test_a_commit_is_dirty_when_code_has_changed(tmp_path, monkeypatch):
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *who, "-C", tmp_path, *words], capture_output=True, text=True, check=True)
+    for name in ("a.py", "results/a.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(device, "__file__", str(tmp_path / "utils/device.py"))
+    clean = git("rev-parse", "--short=10", "HEAD").stdout.strip()
+    (tmp_path / "results/a.csv").write_text("2")
+    assert device.git_commit() == clean
+    (tmp_path / "a.py").write_text("2")
+    assert device.git_commit() == f"{clean}-dirty"
 
 
 # ---- style ----

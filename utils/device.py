@@ -79,13 +79,13 @@ def peak_mem_mb(device):
 
 
 def git_commit():
-    """The commit that made a run ("-dirty" if the tree had changes), or "unknown" outside git."""
+    """The commit that made a run ("-dirty" if code had changed: results/ is none), or "unknown"."""
     root = Path(__file__).parent.parent
     git = ["git", "-C", root]
     kw = {"capture_output": True, "text": True}
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], **kw)
-        status = subprocess.run([*git, "status", "--porcelain", "-uno"], **kw)
+        status = subprocess.run([*git, "status", "--porcelain", "-uno", ".", ":!results"], **kw)
     except FileNotFoundError:
         return "unknown"
     if commit.returncode:
