@@ -48,8 +48,10 @@ if want speed; then
   OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py --compile --rounds 1 --out results/vs_trl_compiled.csv
   OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py $long --compile --rounds 1 --out results/vs_trl_long_compiled.csv
 fi
-if want learn; then  # from base's π₀: 3 seeds of each engine and objective, two runs side by side
-  $python benchmarks/vs_trl.py --learn --data shakespeare --jobs 2 --out results/learn
+if want learn; then  # from base's π₀: 8 seeds of each engine and objective, two runs side by side; dapo once more
+  learn="$python benchmarks/vs_trl.py --learn --data shakespeare --jobs 2 --seeds 8"
+  $learn --out results/learn
+  $learn --objectives dapo --seed 8 --out results/learn_dapo
 fi
 if want roofline; then  # this one and the next want a machine with nothing else to do
   OMP_NUM_THREADS=2 $python benchmarks/roofline.py --compile --out results/roofline.csv
