@@ -140,7 +140,8 @@ class GPT(nn.Module):
 
         pad (N,): how many tokens on the left of each row are padding; they are never attended to.
         cache: a list a layer. Tokens at t0 = 0 leave their keys and values there; later ones are of G answers
-        to each of those prompts, side by side, and attend to them too (pad is then that of the B prompts).
+        to each of those prompts, side by side, and attend to them too (pad is then that of the B prompts);
+        with `decode_attention`'s buffer as its third entry they leave their own, too.
         t0 is a tensor where shapes must not change from token to token (--compile).
         """
         T, static = tokens.shape[1], isinstance(t0, torch.Tensor)

@@ -213,8 +213,8 @@ def main(args):
     save(args.steps)
     log.close()
     last = evaluate()
-    print(f"{args.objective}: {args.steps} steps, {seconds:.0f} s; held-out reward {last['eval_r']:.2f}, {args.gold} "
-          f"{last['eval_gold']:.2f}; wrote {args.log} and {args.out}/policy.pth")
+    print(f"{args.objective}: {args.steps} steps, {seconds:.0f} s; held-out reward {last['eval_r']:.2f}, "
+          f"{args.gold} {last['eval_gold']:.2f}; wrote {args.log} and {args.out}/policy.pth")
     ranks.stop()
 
 

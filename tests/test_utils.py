@@ -98,8 +98,8 @@ def test_the_record_beside_the_csv(tmp_path, monkeypatch):
 
 def test_a_commit_is_dirty_when_code_has_changed(tmp_path, monkeypatch):
     def git(*words):
-        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.run(["git", *who, "-C", tmp_path, *words], capture_output=True, text=True, check=True)
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *words]
+        return subprocess.run(command, check=True, text=True, capture_output=True)
     for name in ("a.py", "results/a.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")
