@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import GPT, SIZES, GPTConfig, inverse_cdf, sampling_logp
+from model import GPT, SIZES, GPTConfig, inverse_cdf, plain_attention, sampling_logp
 
 V = 11
 
@@ -143,6 +143,37 @@ def test_what_padding_and_the_tokens_after_a_stop_hold_changes_nothing():
     assert without[mask].abs().max() > 0.1  # nor is `pad` idle
     model.score(tokens, 6, pad=pad)[0].sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("first", [None, 0, 3])
+def test_attention_written_out_is_pytorchs(first):
+    """What a CPU in bfloat16 takes, here in float64; first: how many keys stand before the queries' own."""
+    q, k, v = (torch.randn(3, 2, T, 8, dtype=torch.float64, requires_grad=True) for T in (5, 5, 5))
+    mask, causal = None, first is None
+    if not causal:
+        k, v = (torch.randn(3, 2, first + 5, 8, dtype=torch.float64, requires_grad=True) for _ in "kv")
+        mask = torch.ones(3, 1, 5, first + 5, dtype=torch.bool).tril(first)
+        mask[1, :, :, :first] = False  # a row whose prompt is padding
+    ours = plain_attention(q, k, v, mask, 0.0)
+    theirs = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    close(ours, theirs, 1e-12)
+    weight = torch.randn_like(ours)
+    grads = [torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (ours, theirs)]
+    for a, b in zip(*grads):
+        close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("group, pad", [(1, None), (1, [0, 0, 2, 2]), (2, None), (2, [0, 0, 2, 2])])
+def test_scores_in_bfloat16_are_near_those_in_float32(group, pad):
+    model, pad = tiny(), None if pad is None else torch.tensor(pad)
+    tokens = torch.cat([prompts(2, 6).repeat_interleave(2, 0), torch.randint(V, (4, 9))], 1)
+    exact = model.score(tokens, 6, 1.0, pad, group)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.score(tokens, 6, 1.0, pad, group)
+    for a, b in zip(exact, rounded):
+        assert b.dtype == torch.float32 and a.std() > 0.3
+        close(a, b, 0.1)
+    assert not torch.equal(exact[0], rounded[0])  # it was bfloat16
 
 
 @pytest.mark.parametrize("first", [8, 1])
