@@ -10,7 +10,7 @@ from helpers import ROOT, TIMING, cli, read_csv, rl
 
 import train_grpo
 from utils import device
-from utils.log import Log
+from utils.log import Log, add
 from utils.rewards import distinct, meter, sentiment, syllables
 
 
@@ -112,6 +112,15 @@ def test_a_commit_is_dirty_when_code_has_changed(tmp_path, monkeypatch):
     assert device.git_commit() == clean
     (tmp_path / "a.py").write_text("2")
     assert device.git_commit() == f"{clean}-dirty"
+
+
+def test_add_weighs_and_keeps_the_greatest():
+    sums = {}
+    add(sums, {"kl": torch.tensor(2.0), "ratio_max": 3.0}, 0.25)
+    add(sums, {"kl": 6.0, "ratio_max": -1.0}, 0.75)
+    assert sums == {"kl": 5.0, "ratio_max": 3.0}
+    add(sums, {"ratio_max": 4.0}, 0.1)
+    assert sums["ratio_max"] == 4.0
 
 
 # ---- style ----
