@@ -44,7 +44,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(N, T, 3, self.n_head, C // self.n_head)
         dropout = self.dropout if self.training else 0.0
         if slots is not None and len(cache) == 3:
-            return self.c_proj(decode_attention(qkv, attn_mask, cache, slots))
+            return F.dropout(self.c_proj(decode_attention(qkv, attn_mask, cache, slots)), dropout)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
         if slots is not None:  # answers look at their prompt too
             each = N // len(cache[0])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ sys.modules["vs_trl"] = vs_trl
 spec.loader.exec_module(vs_trl)  # it puts engines.py on the path
 import engines  # noqa: E402
 
+from grpo import OBJECTIVES, grpo_loss  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from utils import checkpoint  # noqa: E402
 from utils.text import PLAY  # noqa: E402
@@ -184,11 +186,8 @@ def test_both_engines_run_and_leave_only_the_results(tmp_path):
     assert not [p.name for p in (tmp_path / "tmp").iterdir()]
 
 
-@pytest.mark.slow
-def test_both_engines_learn_from_one_policy(tmp_path):
+def loving():
     """A π₀ of random weights that says little else than love, hate and the stop: rewards differ."""
-    pytest.importorskip("trl")
-    (tmp_path / "tmp").mkdir()
     tokenizer = train_tokenizer("bpe", PLAY.read_text(encoding="utf-8") + " love hate" * 5000, 400)
     words = tokenizer.encode(" love hate\n\n")
     assert len(words) == 3
@@ -197,6 +196,53 @@ def test_both_engines_learn_from_one_policy(tmp_path):
     with torch.no_grad():  # ln_f's output then has the mean 1 over 32 dimensions: these logits gain 32 · 0.25
         model.ln_f.bias += 1.0
         model.wte.weight[words] += 0.25
+    return model, tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["grpo", "dapo"])
+def test_trls_own_steps_have_our_loss_and_gradient(objective, tmp_path, monkeypatch):
+    """Three steps of TRL's training: each one's batch and weights give our loss and its gradient's norm."""
+    trl = pytest.importorskip("trl")
+    model, tokenizer = loving()
+    prompts = [text for text in (tokenizer.decode([i] * 4) for i in range(60, 90))
+               if len(tokenizer.encode(text)) == 4][:12]
+    engines.prepare(tmp_path, model, tokenizer, prompts, 8)
+    seen, norms, compute = [], [], trl.GRPOTrainer._compute_loss
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def computed(trainer, policy, inputs):
+        loss = compute(trainer, policy, inputs)
+        trainer.model.save_pretrained(tmp_path / f"step{len(seen)}")
+        seen.append((dict(inputs), loss.item()))
+        return loss
+
+    def clipped(*args, **kwargs):
+        norms.append(clip(*args, **kwargs).item())
+        return torch.tensor(norms[-1])
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", computed)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    work = engines.Work(prompts_per_step=4, group_size=4, prompt_len=4, max_new=8, steps=3, seed=0, threads=1,
+                        objective=objective, beta=0.05, lr=0.01, reward="sentiment")
+    engines.run_trl(tmp_path, work, "fp32")
+    assert len(seen) == len(norms) == 3
+    ref, wanted = GPT.from_pretrained(tmp_path / "hf").eval(), replace(OBJECTIVES[objective], beta=0.05)
+    for step, ((inputs, loss), norm) in enumerate(zip(seen, norms)):
+        policy = GPT.from_pretrained(tmp_path / f"step{step}").eval()
+        tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        logp, logp_ref = (m.score(tokens, 4)[0].view(4, 4, -1) for m in (policy, ref))
+        ours, _ = grpo_loss(logp, logp.detach(), logp_ref.detach(), inputs["advantages"].view(4, 4),
+                            inputs["completion_mask"].view(4, 4, -1), wanted, max_len=8)
+        ours.backward()
+        assert ours.item() == pytest.approx(loss, rel=1e-5, abs=1e-6)
+        assert clip(policy.parameters(), 1.0).item() == pytest.approx(norm, rel=1e-4) and norm > 1e-3
+
+
+@pytest.mark.slow
+def test_both_engines_learn_from_one_policy(tmp_path):
+    pytest.importorskip("trl")
+    (tmp_path / "tmp").mkdir()
+    model, tokenizer = loving()
     checkpoint.save(tmp_path / "p.pth", "policy", model, tokenizer)
     command = [sys.executable, "benchmarks/vs_trl.py", "--learn", "--policy", str(tmp_path / "p.pth"),
                "--data", "play", "--objectives", "dapo", "--seeds", "1", "--steps", "11",
