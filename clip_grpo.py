@@ -26,9 +26,9 @@ from utils.cli import Interrupt, at_least, die, parse, resume_command
 from utils.device import peak_mem_mb, pick_autocast, pick_device, write_run_record
 from utils.log import SHARED, Log
 from utils.run import step_generator
-from vision import lora
-from vision.clip_data import MEASURES, evaluate, load, reward_function
-from vision.clip_model import normalise, text_features
+from vision.clip import lora
+from vision.clip.data import MEASURES, evaluate, load, reward_function
+from vision.clip.model import normalise, text_features
 from vision.cnn_grpo import draw, exact_kl
 from vision.data import batches, flip
 from vision.show import report
@@ -46,7 +46,7 @@ class Args:
     dataset: str = ""  # digits, cifar100, imagenet, FOLDER; none: digits, or with a name cifar100
     data_path: str = ""  # where cifar100 or imagenet (train/ and val/) lies
     classnames: str = ""  # a file with a line FOLDER WORDS a class; none: the folder's name, ImageNet's words
-    templates: tuple[str, ...] = ()  # class texts, averaged; none: vision/clip_model.py's
+    templates: tuple[str, ...] = ()  # class texts, averaged; none: vision/clip/model.py's
     other_templates: tuple[str, ...] = ()  # for evaluation alone
     bad_images: Literal["refuse", "skip"] = "refuse"
     reward: str = "bandit"  # bandit (1 for the label's class, else 0), smooth, or FILE.py:FUNCTION

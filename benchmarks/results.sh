@@ -87,7 +87,7 @@ if want cnn; then
   done
 fi
 if want exact; then
-  $python -m vision.exact
+  $python benchmarks/exact.py
 fi
 if want vit; then
   for task in class box mask; do

@@ -25,8 +25,9 @@ import clip_grpo
 from grpo import OBJECTIVES, group_advantage
 from utils import checkpoint
 from utils.log import SHARED
-from vision import clip_data, clip_model, lora, rewards
-from vision.clip_model import SIZES, SMALL, build, config_of, fill, text_features
+from vision import rewards
+from vision.clip import data as clip_data, lora, model as clip_model
+from vision.clip.model import SIZES, SMALL, build, config_of, fill, text_features
 from vision.data import Images, digits, step_index
 
 TINY = (64, 16, 1, 64, 8, 64, 1, 1)

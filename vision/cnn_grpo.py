@@ -1,7 +1,7 @@
 """GRPO for a contextual bandit: an image is the prompt, a class drawn by a CNN the answer, so T = 1.
 
 One forward pass gives all of an image's G answers, and because the actions can be enumerated, KL is exact
-(arXiv:2402.03300 with a sampled KL; vision/exact.py compares with the exact policy gradient).
+(arXiv:2402.03300 with a sampled KL; benchmarks/exact.py compares with the exact policy gradient).
 The same banners in the same order as train_grpo.py. Left out: several updates a rollout, several processes.
 Run: python -m vision.cnn_grpo
 """

@@ -3,27 +3,31 @@
 The same start, images and steps for each of: cross-entropy with the labels, the exact gradient of the
 expected reward Σ_a π(a)·r(a), REINFORCE without a baseline, and GRPO with 2, 4, 8 and 16 answers an image;
 then the cosine between a sampled gradient and the exact one. Reward `bandit`, no KL term, no auxiliary loss.
-Run: python -m vision.exact
+Run: python benchmarks/exact.py
 """
 import copy
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import utils  # before torch: it sets how OpenMP's threads wait
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-import torch
-import torch.nn.functional as F
+import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wait)
 
-from grpo import OBJECTIVES, group_advantage, grpo_loss
-from plot import COLORS, DASHES, STYLE, band, curve, read_runs
-from utils.cli import at_least, atomic_write, die, parse
-from utils.device import write_run_record
-from utils.log import SHARED, Log
-from utils.run import step_generator
-from vision import cnn_grpo
-from vision.data import batches
-from vision.rewards import bandit
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from grpo import OBJECTIVES, group_advantage, grpo_loss  # noqa: E402
+from plot import COLORS, DASHES, STYLE, band, curve, read_runs  # noqa: E402
+from utils.cli import at_least, atomic_write, die, parse  # noqa: E402
+from utils.device import write_run_record  # noqa: E402
+from utils.log import SHARED, Log  # noqa: E402
+from utils.run import step_generator  # noqa: E402
+from vision import cnn_grpo  # noqa: E402
+from vision.data import batches  # noqa: E402
+from vision.rewards import bandit  # noqa: E402
 
 METHODS = {"cross-entropy": ("ce", 1), "exact gradient": ("exact", 1), "REINFORCE G=4": ("reinforce", 4),
            **{f"GRPO G={G}": ("grpo", G) for G in (2, 4, 8, 16)}}
@@ -121,7 +125,7 @@ def figure(args):
             for i, name in enumerate(names):
                 found = sorted(Path(args.out).glob(f"{name}-s*.csv"))
                 if not found:
-                    die(f"--draw_only: no {args.out}/{name}-s*.csv: run `python -m vision.exact` first")
+                    die(f"--draw_only: no {args.out}/{name}-s*.csv: run `python benchmarks/exact.py` first")
                 curves = [curve(frame, metric) for frame in read_runs(found)[name]]
                 x, mean, std = band(curves) if len(curves) > 1 else (*curves[0], 0)
                 style = {"color": COLORS[i % 7], "linestyle": DASHES[i % 5], "linewidth": 1.6}

@@ -14,7 +14,8 @@ from PIL import Image
 
 from utils.cli import die, need
 from utils.rewards import load_reward
-from vision import clip_model, rewards
+from vision import rewards
+from vision.clip import model as clip_model
 from vision.data import batches, load_classes, open_rgb, to_tensor
 
 STARTS = "out/clip"  # where the small CLIP's starts are kept
