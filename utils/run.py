@@ -22,7 +22,8 @@ class Run:
     """run = Run(args, COLUMNS, total, device); run.hold(…); for step in run.steps(): …; run.finish()
 
     args: a script's dataclass with dtype, seed, log, out, track and resume. total: the number of steps.
-    made_by: the command that starts such a run. save_every: steps between checkpoints (0: only at the end).
+    made_by: the command that starts such a run. save_every: steps between checkpoints (0: only at the end,
+    None: only at Ctrl-C).
     """
 
     def __init__(self, args, columns, total, device, made_by, save_every, **record):
@@ -69,7 +70,7 @@ class Run:
 
         Nothing is written before the first step is asked for.
         """
-        write_run_record(self.args.log, self.args, device=str(self.device), dtype=self.dtype, **self.record)
+        self.write_record()
         args = asdict(self.args)
         self.csv = Log(self.args.log, self.columns, self.total, self.start, self.args.track, args)
         self.interrupt = Interrupt()
@@ -83,7 +84,13 @@ class Run:
                 self.save(self.step + 1)
                 self.csv.close()
                 self.interrupt.leave(resume_command())
-        self.save(self.total)
+        if self.save_every is not None:
+            self.save(self.total)
+
+    def write_record(self, **more):
+        """The JSON beside the CSV: the arguments, the machine, and what the script adds."""
+        self.record |= more
+        write_run_record(self.args.log, self.args, device=str(self.device), dtype=self.dtype, **self.record)
 
     def stopping(self):
         """Whether a process was asked to stop (Ctrl-C, SIGTERM). All processes must ask together."""
@@ -111,11 +118,16 @@ class Run:
         optimizer.zero_grad()
         self.add({"grad_norm": norms[0]}, weight / ranks.world())
 
-    def write(self, samples=0, tokens=0, **numbers):
-        """A row of the CSV: the step's sums over all processes, `numbers`, counts, time and memory."""
+    def count(self, samples=0, tokens=0):
+        """Adds a step's answers, tokens and seconds to those of the run -> the seconds. Writes no row."""
         elapsed = time.perf_counter() - self.clock
         for name, more in (("seconds", elapsed), ("samples", samples), ("tokens", tokens)):
             self.counts[name] += more
+        return elapsed
+
+    def write(self, samples=0, tokens=0, **numbers):
+        """A row of the CSV: the step's sums over all processes, `numbers`, counts, time and memory."""
+        elapsed = self.count(samples, tokens)
         row = ranks.total(self.sums) | self.counts | {"peak_mem_mb": peak_mem_mb(self.device)}
         if tokens:
             row["tokens_per_s"] = tokens / elapsed
