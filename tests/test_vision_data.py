@@ -568,7 +568,7 @@ def test_an_epoch_sees_every_image_at_most_once(n, size):
 
 
 def damage(root):
-    """A text file, a truncated PNG and an empty file, each named like an image; and such a folder, no image."""
+    """A text file, a truncated PNG and an empty file, named like images; and a folder, which is none."""
     raw = (root / "train" / "ant" / "0.png").read_bytes()
     for name, content in (("text.png", b"no image"), ("cut.png", raw[:len(raw) // 2]), ("empty.png", b"")):
         (root / "train" / "ant" / name).write_bytes(content)

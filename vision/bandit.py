@@ -1,8 +1,7 @@
 """What the CNN, the ViT and CLIP share when a class is drawn: a contextual bandit, so T = 1.
 
 The C classes can be enumerated. So KL and entropy are exact sums, where a text policy has only samples.
-Left out: boxes and masks, whose rewards are in rewards.py.
-Used by vision/cnn_grpo.py, vision/vit_grpo.py, clip_grpo.py and benchmarks/exact.py.
+Left out: boxes and masks, whose rewards are in rewards.py. Run: python -m vision.cnn_grpo
 """
 import torch
 
@@ -11,8 +10,6 @@ from utils.cli import die
 from utils.rewards import load_reward
 from vision import rewards
 from vision.data import batches
-
-CLASS = rewards.TASKS["class"]
 
 
 # ---- the distribution over all actions ----
@@ -48,7 +45,8 @@ def refuse_reward(name, task):
         die(f"--reward {name} doesn't score a {task}: wanted {', '.join(rewards.TASKS[task])}{hint}")
 
 
-def class_reward(name, classes, similarity=None, known=CLASS, topk=5, margin_alpha=1.0, tau=0.3):
+def class_reward(name, classes, similarity=None, known=rewards.TASKS["class"],
+                 topk=5, margin_alpha=1.0, tau=0.3):
     """The reward of a drawn class; name: one of `known`, or FILE.py:FUNCTION.
 
     -> function (action (B, G), label (B,), probability (B, C), names of the B images) -> reward (B, G).

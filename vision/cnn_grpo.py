@@ -60,7 +60,7 @@ class Args:
     topk: int = 5  # of the reward topk
     margin_alpha: Annotated[float, AtLeast(0.0)] = 1.0  # of the reward margin
     tau: Annotated[float, AtLeast(1e-3)] = 0.3  # of the reward smooth
-    img_size: Annotated[int | None, AtLeast(8)] = None  # None: 8 (small) or 32 on digits, 32 on cifar100, 224
+    img_size: Annotated[int | None, AtLeast(8)] = None  # pixels; None: 8 or 32, or 224 on a folder
     bad_images: Literal["refuse", "skip"] = "refuse"  # files that can't be read
     eval_every: Annotated[int, AtLeast(1)] = 25  # steps
     eval_images: Annotated[int, AtLeast(1)] = 2048  # held-out images, drawn once
@@ -80,7 +80,8 @@ def load(args, device):
     digits, yolo = args.data_root == "digits", args.model.startswith("yolov8")
     size = 32 if digits or args.data_root == "cifar100" else 224
     size = 8 if digits and args.model == "small" else size
-    data = load_classes(args.data_root, args.img_size or size, normalise=not yolo)  # yolov8-cls was trained on 0 … 1
+    # yolov8-cls was trained on images in 0 … 1
+    data = load_classes(args.data_root, args.img_size or size, normalise=not yolo)
     data.val = data.val.sample(args.eval_images, step_generator(0, 0))
     torch.manual_seed(args.seed)
     policy = build(args.model, len(data.classes), args.weights).to(device)

@@ -50,11 +50,11 @@ class Images(Dataset):
 
     def sample(self, n, generator, each_class=False):
         """The first n items, or the first n of each class, in an order drawn from the generator."""
-        order = torch.randperm(len(self), generator=generator)
+        groups = [torch.randperm(len(self), generator=generator)]
         if each_class:
-            labels = torch.stack([self.targets[i] for i in order])
-            return self.subset(torch.cat([order[labels == c][:n] for c in labels.unique()]).tolist())
-        return self.subset(order[:n].tolist())
+            labels = torch.stack([self.targets[i] for i in groups[0]])
+            groups = [groups[0][labels == c] for c in labels.unique()]
+        return self.subset([i for group in groups for i in group[:n].tolist()])
 
 
 @dataclass
@@ -171,7 +171,7 @@ def to_tensor(image, normalise=True):
 
 
 def standard(x, inverse=False):
-    """ImageNet's normalisation of (..., 3, H, W), or back."""
+    """ImageNet's normalisation of (…, 3, H, W), or back."""
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return x * std + mean if inverse else (x - mean) / std
 
@@ -193,8 +193,8 @@ def digits(size=8, channels=3):
         images, labels = digit_arrays()[name]
         if size != 8:
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        images = images.expand(-1, channels, -1, -1)
-        return Images(images, labels, [f"{name}/{i}" for i in range(len(labels))])
+        names = [f"{name}/{i}" for i in range(len(labels))]
+        return Images(images.expand(-1, channels, -1, -1), labels, names)
     return Data(part("train"), part("test"), [str(i) for i in range(10)])
 
 

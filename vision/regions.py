@@ -61,9 +61,9 @@ def load_regions(task, root, size):
             targets = boxes[:, 0] / size if task == "box" else masks[:, 0].long()
             return Images(images.expand(-1, 3, -1, -1), targets, [f"{split}/{i}" for i in range(n)])
         return Data(part(2000, "train"), part(500, "test"))
-    collect = {"box": coco_boxes, "mask": mask_files}[task]
-    read = functools.partial({"box": read_box, "mask": read_mask}[task], size)
+    collect, read = (coco_boxes, read_box) if task == "box" else (mask_files, read_mask)
     parts = [collect(folder) for folder in split_folders(root)]
+    read = functools.partial(read, size)
     return Data(*[Images(files, targets, files, read) for files, targets in parts], normalised=True)
 
 

@@ -16,8 +16,7 @@ def bandit(action, label):
 def topk(action, label, similarity, k=5):
     """1 − rank/k, and 0 from rank k on; rank: how many classes are nearer to the label than the sample.
 
-    The label has rank 0 and earns 1. Its nearest neighbour earns 1 − 1/k. similarity (C, C) is as in `smooth`.
-    With k = 1 it is `bandit`.
+    The label has rank 0 and earns 1. With k = 1 it is `bandit`. similarity (C, C) is as in `smooth`.
     """
     nearest = similarity.clone().fill_diagonal_(2.0)  # cosines end at 1: a class is nearest to itself
     rank = nearest.argsort(dim=1, descending=True, stable=True).argsort(1)  # (C, C)
@@ -93,7 +92,7 @@ def distance(point, box):
     return (1 - away).clamp(min=0)
 
 
-# ---- a mask was drawn: (B, G, ...) of 0 and 1, target (B, ...) ----
+# ---- a mask was drawn: (B, G, …) of 0 and 1, target (B, …) ----
 def dice(mask, target):
     """2·|A∩B| / (|A| + |B|), 0 … 1; 0 where both are empty."""
     mask, target = mask.flatten(2).float(), target.flatten(1)[:, None].float()

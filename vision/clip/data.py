@@ -1,7 +1,4 @@
-"""The data of clip_grpo.py: images as CLIP wants them, classes as words, and the measures on held-out images.
-
-Run: python clip_grpo.py
-"""
+"""The data of clip_grpo.py: images as CLIP wants them, classes as words, measures on held-out images."""
 import functools
 import math
 import os
@@ -16,7 +13,7 @@ from vision.bandit import class_reward
 from vision.clip import model as clip_model
 from vision.data import batches, centre, load_classes, open_rgb, to_tensor
 
-STARTS = "out/clip"  # where the small CLIP's starts are kept
+STARTS = "out/clip"  # the folder of the small CLIP's starts
 MEASURES = ["top1", "top5", "top1_other_templates", "top1_rotated"]  # on held-out images
 
 

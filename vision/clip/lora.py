@@ -3,8 +3,7 @@
 peft adapts an nn.Linear. CLIP's attention is an nn.MultiheadAttention. peft 0.21 rewrites its frozen weights
 in the forward pass, and adapts its out_proj without effect. So each attention is first replaced by one that
 has a Linear each for q, k, v and out. The reference is the same network with its adapters off.
-Left out: the text tower (frozen), CLIP's ResNets.
-Run: python clip_grpo.py --use-lora --lora-r 8
+Left out: the text tower (frozen), CLIP's ResNets. Run: python clip_grpo.py --use-lora --lora-r 8
 """
 import copy
 import re
@@ -70,9 +69,8 @@ def check_gradients(visual, images):
 
 def count(visual):
     """-> trainable parameters, all parameters but the adapters (those of the tower itself)."""
-    sizes = {name: p.numel() for name, p in visual.named_parameters()}
     trainable = sum(p.numel() for p in visual.parameters() if p.requires_grad)
-    return trainable, sum(n for name, n in sizes.items() if "lora_" not in name)
+    return trainable, sum(p.numel() for name, p in visual.named_parameters() if "lora_" not in name)
 
 
 # ---- files: the adapters alone, or the tower with them added ----

@@ -2,8 +2,7 @@
 
 A CLIP scores an image against every class's text (Radford et al., arXiv:2103.00020). Its zero-shot classifier
 is softmax(s·cos), which is the policy of clip_grpo.py. The network is openai-clip's clip.model.CLIP.
-Left out: other CLIPs' file layouts, images with their own captions.
-Run: python clip_grpo.py
+Left out: other CLIPs' file layouts, images with their own captions. Run: python clip_grpo.py
 """
 import math
 import re
@@ -164,7 +163,7 @@ def normalise(images):
 
 # ---- the small CLIP's start ----
 def digits_start(folder, seed=0, accuracy=0.72, max_steps=1000):
-    """A small CLIP, trained by CLIP's contrastive loss on digits with captions, kept in `folder`.
+    """A small CLIP, trained by CLIP's contrastive loss on digits with captions, saved in `folder`.
 
     It stops when its zero-shot accuracy on 512 of the training images reaches `accuracy`. Two images with
     equal captions count as a pair, too: with ten digits a batch holds many of them.
