@@ -82,7 +82,7 @@ def draw(rows, exponents, args):
     """Four panels, seconds against a factor on logarithmic axes, the floor as a line -> PNG bytes."""
     import matplotlib
     from matplotlib.figure import Figure
-    from plot import COLORS, STYLE
+    from utils.figure import COLORS, STYLE
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 6.4), layout="constrained")
         axes = figure.subplots(2, 2).flatten()
