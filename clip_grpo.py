@@ -25,7 +25,7 @@ from utils import checkpoint
 from utils.cli import Interrupt, at_least, die, parse, resume_command
 from utils.device import peak_mem_mb, pick_autocast, pick_device, write_run_record
 from utils.log import SHARED, Log
-from utils.task import step_generator
+from utils.run import step_generator
 from vision import lora
 from vision.clip_data import MEASURES, evaluate, load, reward_function
 from vision.clip_model import normalise, text_features

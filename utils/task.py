@@ -6,6 +6,7 @@ import torch
 from utils import checkpoint
 from utils.cli import die
 from utils.rewards import load_reward
+from utils.run import step_generator
 from utils.text import completions, heading_prompts, left_pad, load_corpus, read_jsonl, split
 
 
@@ -64,11 +65,6 @@ def load_scorer(reward, reward_model, policy_path, tokenizer, device):
                 f"of {model.config.block_size}")
         return model(tokens, mask, prompts.pad if prompts.pad is None else prompts.pad.to(device)).cpu()
     return by_model
-
-
-def step_generator(seed, step):
-    """The random numbers of one step, from (seed, step) alone: a resume needs no generator state."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from utils.cli import atomic_write, die, need
-from utils.task import step_generator
+from utils.run import step_generator
 from vision import data as vision_data
 from vision.data import Images, open_rgb, step_index
 from vision.vq import in_range

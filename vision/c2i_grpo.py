@@ -21,7 +21,7 @@ from utils import checkpoint, dist, ranks
 from utils.cli import Interrupt, die, need, parse, resume_command
 from utils.device import peak_mem_mb, write_run_record
 from utils.log import SHARED, Log, add
-from utils.task import step_generator
+from utils.run import step_generator
 from vision.c2i_data import batches, load_data, write_codes
 from vision.c2i_models import GPTS, TOKENIZERS, report, resolve
 from vision.c2i_models import decode, judged, load_models, pick_reward, picture

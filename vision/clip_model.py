@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from utils import checkpoint
 from utils.cli import die, need
-from utils.task import step_generator
+from utils.run import step_generator
 from vision.data import digits, step_index
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own

@@ -22,7 +22,7 @@ from utils.cli import Interrupt, at_least, die, parse, resume_command
 from utils.device import peak_mem_mb, pick_autocast, pick_device, write_run_record
 from utils.log import SHARED, Log
 from utils.rewards import load_reward
-from utils.task import step_generator
+from utils.run import step_generator
 from vision import rewards
 from vision.cnn import build
 from vision.data import batches, flip, load_classes

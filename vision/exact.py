@@ -20,7 +20,7 @@ from plot import COLORS, DASHES, STYLE, band, curve, read_runs
 from utils.cli import at_least, atomic_write, die, parse
 from utils.device import write_run_record
 from utils.log import SHARED, Log
-from utils.task import step_generator
+from utils.run import step_generator
 from vision import cnn_grpo
 from vision.data import batches
 from vision.rewards import bandit

@@ -1,0 +1,129 @@
+"""One training run: its precision, random numbers, CSV and record, checkpoints, Ctrl-C and clock.
+
+A script calls these functions, and none of them calls the script. The script's loop says what a run does.
+"""
+import time
+from dataclasses import asdict
+
+import torch
+
+from utils import checkpoint, ranks
+from utils.cli import Interrupt, resume_command
+from utils.device import peak_mem_mb, pick_autocast, rank, write_run_record
+from utils.log import Log, add
+
+
+def step_generator(seed, step):
+    """The random numbers of one step, from (seed, step) alone: a resume needs no generator state."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+class Run:
+    """run = Run(args, COLUMNS, total, device); run.hold(…); for step in run.steps(): …; run.finish()
+
+    args: a script's dataclass with dtype, seed, log, out, track and resume. total: the number of steps.
+    made_by: the command that starts such a run. save_every: steps between checkpoints (0: only at the end).
+    """
+
+    def __init__(self, args, columns, total, device, made_by, save_every, **record):
+        self.args, self.columns, self.total, self.device = args, columns, total, device
+        self.made_by, self.save_every, self.record = made_by, save_every, record
+        self.autocast, self.dtype = pick_autocast(device, args.dtype)
+        self.counts = {"step": 0, "seconds": 0.0, "samples": 0, "tokens": 0}
+        self.sums, self.interrupt = {}, None
+        torch.manual_seed(args.seed)
+
+    def hold(self, about, export="", counts=None, **parts):
+        """Names what a checkpoint holds; with --resume, fills it from the last one -> that state, or None.
+
+        about: plain values that make the file readable (config, tokenizer). parts: modules and optimizers.
+        export: the kind of a second file, OUT/EXPORT.pth, with `about` and the model alone. counts: numbers
+        of the script's own that a resume needs; they stand in run.counts.
+        """
+        self.about, self.export, self.parts = about, export, parts
+        self.counts |= counts or {}
+        if not self.args.resume:
+            self.start = 0
+            return None
+        path = f"{self.args.out}/state.pth"
+        state = checkpoint.load_state(path, self.args, self.made_by, (*about, "model"))
+        checkpoint.restore(state, self.args.out, **parts)
+        self.counts = {name: state[name] for name in self.counts}
+        self.start = self.counts["step"]
+        return state
+
+    def save(self, step):
+        """Writes OUT/state.pth, from which --resume goes on, and OUT/EXPORT.pth. Rank 0 writes for all."""
+        self.counts["step"] = step
+        if rank():
+            return
+        model = self.parts["model"].state_dict()
+        if self.export:
+            checkpoint.write(f"{self.args.out}/{self.export}.pth", self.export, **self.about, model=model)
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        checkpoint.write(f"{self.args.out}/state.pth", "state", **self.about, **states, **self.counts,
+                         args=asdict(self.args), threads=torch.get_num_threads())
+
+    def steps(self):
+        """The steps that are left. Saves every `save_every` steps and at the end; Ctrl-C saves and leaves.
+
+        Nothing is written before the first step is asked for.
+        """
+        write_run_record(self.args.log, self.args, device=str(self.device), dtype=self.dtype, **self.record)
+        args = asdict(self.args)
+        self.csv = Log(self.args.log, self.columns, self.total, self.start, self.args.track, args)
+        self.interrupt = Interrupt()
+        for self.step in range(self.start, self.total):
+            if self.save_every and self.step % self.save_every == 0:
+                self.save(self.step)
+            self.sums = {}
+            self.start_clock()
+            yield self.step
+            if self.stopping():
+                self.save(self.step + 1)
+                self.csv.close()
+                self.interrupt.leave(resume_command())
+        self.save(self.total)
+
+    def stopping(self):
+        """Whether a process was asked to stop (Ctrl-C, SIGTERM). All processes must ask together."""
+        return max(ranks.gather([self.interrupt.asked]))
+
+    def start_clock(self):
+        """The step's seconds count from here. Call it after an evaluation, which is no training time."""
+        self.clock = time.perf_counter()
+
+    def add(self, stats, weight=1.0):
+        """Adds weight × stats to the step's numbers; of names in _max the greatest stays."""
+        add(self.sums, stats, weight)
+
+    def update(self, optimizer, *modules, grad_clip, weight=1.0):
+        """Adds up the processes' gradients, clips each module's, steps. A non-finite norm ends the run.
+
+        weight: the update's share of the step. grad_norm is the first module's, before clipping.
+        """
+        for module in modules:
+            ranks.add_gradients(module)
+        norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip) for module in modules]
+        losses = {name: value for name, value in self.sums.items() if name == "loss"}
+        checkpoint.finite(self.step, self.args.out, grad_norm=norms[0], **losses)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.add({"grad_norm": norms[0]}, weight / ranks.world())
+
+    def write(self, samples=0, tokens=0, **numbers):
+        """A row of the CSV: the step's sums over all processes, `numbers`, counts, time and memory."""
+        elapsed = time.perf_counter() - self.clock
+        for name, more in (("seconds", elapsed), ("samples", samples), ("tokens", tokens)):
+            self.counts[name] += more
+        row = ranks.total(self.sums) | self.counts | {"peak_mem_mb": peak_mem_mb(self.device)}
+        if tokens:
+            row["tokens_per_s"] = tokens / elapsed
+        row |= numbers | {"step": self.step}
+        self.csv.write(**{name: value for name, value in row.items() if name in self.columns})
+
+    def finish(self, **numbers):
+        """A last row of what was measured after the last step, if anything was; closes the CSV."""
+        if numbers:
+            self.csv.write(step=self.total, **numbers)
+        self.csv.close()
