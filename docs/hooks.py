@@ -7,6 +7,7 @@ Run: make docs
 """
 import posixpath
 import re
+import unicodedata
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -16,6 +17,19 @@ COPIED = (".png", ".jpg", ".svg", ".csv", ".json", ".jsonl")
 LANGUAGES = {".py": "python", ".sh": "bash", ".toml": "toml", ".yml": "yaml"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"(\s*)(```+|~~~+)\s*(\w*)")
+
+
+def on_config(config):
+    """Headings get the anchors that the code hosts give them, so that a link works in both places."""
+    config.mdx_configs.setdefault("toc", {})["slugify"] = lambda text, separator: slug(text)
+    return config
+
+
+def slug(text):
+    """A heading's anchor: letters, digits, "_" and "-" stay, in lower case; a space becomes "-"."""
+    kept = [c for c in text.lower()
+            if c in "-_ " or unicodedata.category(c)[0] in "LM" or unicodedata.category(c) in ("Nd", "Pc")]
+    return "".join(kept).strip().replace(" ", "-")
 
 
 def on_files(files, config):
