@@ -28,7 +28,7 @@ check: .venv/dev
 	.venv/bin/python -m pytest -n auto --maxprocesses 4
 
 docs: .venv/docs
-	.venv/bin/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict  # a notice about its successor
 
 clean:
 	rm -rf .venv logs out site

@@ -26,10 +26,10 @@ def on_config(config):
 
 
 def slug(text):
-    """A heading's anchor: letters, digits, "_" and "-" stay, in lower case; a space becomes "-"."""
-    kept = [c for c in text.lower()
-            if c in "-_ " or unicodedata.category(c)[0] in "LM" or unicodedata.category(c) in ("Nd", "Pc")]
-    return "".join(kept).strip().replace(" ", "-")
+    """A heading's anchor: letters, decimal digits, "_" and "-" stay, in lower case; a space becomes "-"."""
+    good = ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc")  # Unicode's categories
+    kept = [c for c in text.strip().lower() if c in "- " or unicodedata.category(c) in good]
+    return "".join(kept).replace(" ", "-")
 
 
 def on_files(files, config):
@@ -41,12 +41,12 @@ def on_files(files, config):
         rewrite(text, lambda target: linked.add(in_repository(page, target)))
     for path in sorted(linked - {None}):
         source = ROOT / path
-        if on_site(path) in files.src_uris or not source.exists():
+        if site_path(path) in files.src_uris or not source.exists():
             continue  # a page of docs/; or a dead link, which mkdocs itself reports
         if path.endswith(COPIED):
             files.append(File.generated(config, path, abs_src_path=str(source)))
         else:
-            files.append(File.generated(config, on_site(path), content=shown(path, source)))
+            files.append(File.generated(config, site_path(path), content=shown(path, source)))
     return files
 
 
@@ -56,10 +56,10 @@ def on_page_markdown(markdown, page, config, files):
 
     def moved(target):
         path = in_repository(home(here), target)
-        if path is None or on_site(path) not in files.src_uris:
+        if path is None or site_path(path) not in files.src_uris:
             return target
         anchor = target.partition("#")[2] if path.endswith(".md") else ""  # a file's page has no #L10
-        link = posixpath.relpath(on_site(path), posixpath.dirname(here) or ".")
+        link = posixpath.relpath(site_path(path), posixpath.dirname(here) or ".")
         return f"{link}#{anchor}" if anchor else link
     return rewrite(markdown, moved)
 
@@ -69,7 +69,7 @@ def home(src_uri):
     return "README.md" if src_uri == "index.md" else f"docs/{src_uri}"
 
 
-def on_site(path):
+def site_path(path):
     """What a file of the repository is called in the site: the inverse of `home`, with files/ for sources."""
     if path == "README.md":
         return "index.md"

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import os
 import posixpath
 import re
 import runpy
@@ -97,10 +98,8 @@ def slug(heading):
     """The anchor that a code host gives a heading: letters, marks, decimal digits, "_", "-"; " " as "-"."""
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)  # a link's text
     text = re.sub(r"[*`]", "", text).strip().lower()
-    good = ("L", "M"), ("Nd", "Nl", "Pc")
-    kept = [c for c in text if c in "- " or unicodedata.category(c)[0] in good[0]
-            or unicodedata.category(c) in good[1]]
-    return "".join(kept).replace(" ", "-")
+    good = ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc")  # Unicode's categories
+    return "".join(c for c in text if c in "- " or unicodedata.category(c) in good).replace(" ", "-")
 
 
 @functools.cache
@@ -145,6 +144,13 @@ def test_slugs_are_those_of_a_code_host():
     assert slug("What `--beta` does: β > 0") == "what---beta-does-β--0"
     assert slug("SFT: the reference π₀") == "sft-the-reference-π"  # a subscript is no decimal digit
     assert slug("[A link](x.md) and *stress*") == "a-link-and-stress"
+    if importlib.util.find_spec("mkdocs"):  # and the site's are the same
+        of_site = runpy.run_path(str(ROOT / "docs/hooks.py"))["slug"]
+        for page in PAGES:
+            for _, line in parts(page)[0]:
+                if line.startswith("#"):
+                    heading = re.sub(r"[*`]|\]\([^)]*\)|\[", "", line.lstrip("# "))
+                    assert of_site(heading) == slug(line.lstrip("# "))
 
 
 # ---- commands ----
@@ -346,6 +352,7 @@ def names_in_code():
     files = [*ROOT.glob("*.py"), *(file for folder in folders for file in folder)]
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     fields = re.findall(r"^    (\w+): ", text, re.MULTILINE)
+    fields += re.findall(r"\b(\w+)=\"", text)
     return set(fields) | {s.replace("-", "_") for s in re.findall(r"[\"'](?:--)?([\w-]+)[\"':=]", text)}
 
 
@@ -432,7 +439,8 @@ def test_sentences_are_short(page):
 
 
 MACHINE = re.compile(r"(?<![\w.])/(?:work|home|root|Users|mnt|opt|srv|tmp)/|\b[A-Z]:\\\w|\bpypi\."
-                     r"|pythonhosted|anaconda|download\.pytorch|npmjs|\bindex-url\b|crates\.io|artifactory", re.IGNORECASE)
+                     r"|pythonhosted|anaconda|download\.pytorch|npmjs|\bindex-url\b|crates\.io|artifactory",
+                     re.IGNORECASE)
 
 
 @every_page
@@ -463,7 +471,8 @@ def test_the_site_builds_in_strict_mode(tmp_path):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} isn't installed: pip install '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # material's notice about its successor
+    run = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     assert "WARNING" not in run.stderr, run.stderr[-3000:]
     home = (tmp_path / "site/index.html").read_text(encoding="utf-8")
