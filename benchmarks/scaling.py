@@ -98,7 +98,7 @@ def draw(rows, exponents, args):
             ax.set(xscale="log", yscale="log", xlabel=label.format(*args.group_at), ylabel="s a step")
             if factor != "model":
                 ax.set_xticks(x, [str(value) for value in x])
-                ax.minorticks_off()
+                ax.xaxis.minorticks_off()  # those of y stay: less than a decade may hold no major one
             if found:
                 ax.legend()
         image = io.BytesIO()
