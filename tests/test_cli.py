@@ -34,7 +34,8 @@ def parsed(monkeypatch, *words):
 
 @pytest.mark.parametrize("words, want", [
     ([], Args()),
-    (["--grpo_steps", "3"], Args(steps=3)), (["--grpo-steps=3"], Args(steps=3)), (["--steps", "3"], Args(steps=3)),
+    (["--grpo_steps", "3"], Args(steps=3)), (["--grpo-steps=3"], Args(steps=3)),
+    (["--steps", "3"], Args(steps=3)),
     (["--use-amp", "--resume"], Args(dtype="bf16", resume=True)),
     (["--use_amp", "--dtype", "bf16"], Args(dtype="bf16")),
     (["--kl-coef", "0.5", "--beta=0.5"], Args(beta=0.5)), (["--kl_coef", "None"], Args()),
@@ -66,7 +67,8 @@ def shown_help(run):
 
 def test_help_has_three_groups_the_least_value_and_the_historical_name(monkeypatch):
     text = shown_help(lambda: parsed(monkeypatch, "--help"))
-    places = [text.index(title) for title in ("algorithm options", "task options", "speed_and_memory options")]
+    titles = ("algorithm options", "task options", "speed_and_memory options")
+    places = [text.index(title) for title in titles]
     assert places == sorted(places)
     assert "training steps; at least 1; formerly --grpo_steps (default: 5)" in text
     assert "ALIASES" not in text
@@ -85,24 +87,22 @@ def test_every_flag_of_a_script_has_a_group_and_a_word(monkeypatch, path):
     source = (ROOT / path).read_text(encoding="utf-8")
     body = source[source.index("class Args"):]
     body = body[:body.index("\n\n\n")]
-    assert re.findall(r"# ---- (the \w+|speed and memory)", body) == ["the algorithm", "the task", "speed and memory"]
+    banners = re.findall(r"# ---- (the \w+|speed and memory)", body)
+    assert banners == ["the algorithm", "the task", "speed and memory"]
     fields = re.findall(r"^    ([a-z]\w*): ", body, re.MULTILINE)
     bare = [name for name in fields if not re.search(rf"^    {name}: .*  # \w", body, re.MULTILINE)
             and not re.search(rf"  # [^\n]+\n    {name}: ", body)]
     assert fields and not bare, f"{path}: no comment at {', '.join(bare)}"
 
 
-CANONICAL = {"steps", "seed", "beta", "group_size", "grad_clip", "eval_every", "save_every", "out", "log", "track",
-             "dtype"}
-HISTORICAL = {"grpo_steps", "kl_coef", "eval_interval", "global_seed", "num_generations", "max_grad_norm", "ckpt_dir",
-              "ckpt_every", "mixed_precision", "output_dir", "clip_range", "max_steps", "loss_type"}
+HISTORICAL = {"grpo_steps", "kl_coef", "eval_interval", "global_seed", "num_generations", "max_grad_norm",
+              "ckpt_dir", "ckpt_every", "mixed_precision", "output_dir", "clip_range", "max_steps", "loss_type"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS)
 def test_one_idea_has_one_name_in_all_scripts(path):
     module = path.removesuffix(".py").replace("/", ".")
     args_class = runpy.run_module(module)["Args"]
-    assert not HISTORICAL & set(args_class.__dataclass_fields__)
-    aliases = getattr(args_class, "ALIASES", {})
+    flags, aliases = set(args_class.__dataclass_fields__), getattr(args_class, "ALIASES", {})
     targets = {new.partition("=")[0] for new in aliases.values()}
-    assert targets <= set(args_class.__dataclass_fields__) and not set(aliases) & set(args_class.__dataclass_fields__)
+    assert not HISTORICAL & flags and not set(aliases) & flags and targets <= flags
