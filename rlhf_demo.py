@@ -1,8 +1,8 @@
 """The whole pipeline on a laptop: corpus -> π₀ -> preferences -> reward model -> GRPO, PPO -> curves.
 
-Every stage is a command of this repository, printed before it runs, so that you can run it yourself. What is
-done stays done: a second run reuses it, a broken one goes on where it stopped, --fresh begins anew.
-Left out: tuning (results/sweep.csv has it), seeds (results/ has three).
+Every stage is a command of this repository. It is printed before it runs, so that you can run it yourself.
+A second run reuses what is done, and a broken one goes on where it stopped. --fresh begins anew.
+Left out: tuning (results/sweep.csv has it), more than one seed (results/demo/ has three).
 Run: python rlhf_demo.py
 """
 import json
@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import utils  # before torch: it sets how OpenMP's threads wait
 
@@ -24,7 +25,7 @@ from generate import sample_texts
 from generate import score as score_answers
 from model import load_policy
 from reward import load_scorer
-from utils.cli import at_least, parse
+from utils.cli import AtLeast, parse
 from utils.device import pick_device
 from utils.figure import GRID, plot_panels
 from utils.rewards import JUDGES
@@ -34,11 +35,11 @@ from utils.text import load_corpus, load_prompts
 @dataclass
 class Args:
     data: str = "auto"  # auto (Tiny Shakespeare, or the offline play), shakespeare, play, or a text file
-    steps: int = 25  # of GRPO and of PPO: the same number of samples
-    sft_steps: int = 0  # 0: 850, or 300 on a text under 300,000 characters, which would be learnt by heart
-    eval_prompts: int = 256  # held-out prompts behind the table
-    seed: int = 0
-    device: str = "auto"
+    steps: Annotated[int, AtLeast(1)] = 25  # of GRPO and of PPO: the same number of samples
+    sft_steps: Annotated[int, AtLeast(0)] = 0  # 0: 850, or 300 on a text under 300,000 characters
+    eval_prompts: Annotated[int, AtLeast(4)] = 256  # held-out prompts behind the table
+    seed: int = 0  # of all stages
+    device: str = "auto"  # auto, cpu, cuda or mps
     fresh: bool = False  # begin anew, whatever is cached in out/ and logs/
 
 
@@ -71,7 +72,6 @@ def run(script, output, inputs, last_step, args, *flags):
 
 @torch.no_grad()
 def main(args):
-    at_least(args, steps=1, sft_steps=0, eval_prompts=4)
     began = time.perf_counter()
     text, source = load_corpus(args.data)
     data = {"tinyshakespeare": "shakespeare", "bell_of_merrow.txt": "play"}.get(source, args.data)

@@ -174,7 +174,7 @@ def atomic_write(path, content):
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads after a step; a second one kills at once."""
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads after a step. A second one ends at once."""
 
     def __init__(self):
         self.asked = False

@@ -59,7 +59,7 @@ def pick_autocast(device, dtype="auto"):
 
 
 def compiled(function, device):
-    """torch.compile with static shapes; on CUDA in the mode that captures graphs. Costs minutes at first."""
+    """torch.compile with static shapes. It costs a minute or more at the first step."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not shutil.which(compiler.split()[0]):
         die(f"--compile needs a C++ compiler and {compiler!r} isn't there: install one, name it in CXX, or "

@@ -26,7 +26,7 @@ def sentiment(completions, prompts, **columns):
 
 
 def syllables(word):
-    """Syllables by rule: vowel groups, less a silent e; right for most English words, not for all."""
+    """Syllables by rule: groups of vowels, less a silent e. Right for most English words, not for all."""
     word = word.lower().replace("'d", "d").replace("'", "")
     groups = len(re.findall(r"[aeiouy]+", word))
     silent = word.endswith("e") and not word.endswith(("le", "ee", "ye")) and groups > 1
