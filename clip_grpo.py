@@ -11,7 +11,7 @@ Run: python clip_grpo.py (a small CLIP on digits, offline; --model ViT-B/32 for 
 import contextlib
 import copy
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import utils  # before torch: it sets how OpenMP's threads wait
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint
 from utils.cli import AtLeast, die, parse
-from utils.device import peak_mem_mb, pick_device
+from utils.device import peak_mem_mb, pick_device, write_run_record
 from utils.log import SHARED
 from utils.run import Run, step_generator
 from vision.bandit import draw, entropy, exact_kl, frac_zero_std
@@ -65,7 +65,7 @@ class Args:
     # ---- the task ----
     model: str = ""  # one of openai-clip's names, or a file; none: a small CLIP that first learns digits
     weights: Literal["openai", "random"] = "openai"  # of a name; OpenAI's are downloaded
-    lora_adapter: str = ""  # an adapter.pth to begin with; --epochs 0 evaluates it, --save-model merges it
+    lora_adapter: str = ""  # an adapter.pth to begin with; --epochs 0 evaluates it, --save_model merges it
     start_accuracy: float = 0.72  # where the small CLIP's pretraining stops (on training images)
     dataset: str = ""  # digits, cifar100, imagenet, or a folder; none: digits, or with a model cifar100
     data_path: str = ""  # where cifar100 or imagenet (train/ and val/) lies
@@ -159,7 +159,7 @@ def export(args, model, visual, **about):
 def main(args):
     # ---- set-up ----
     if args.lora_adapter and not args.use_lora:
-        die(f"--lora-adapter {args.lora_adapter} needs --use-lora")
+        die(f"--lora_adapter {args.lora_adapter} needs --use_lora")
     small = not args.model
     epochs = args.epochs if args.epochs is not None else 10 if small else 5
     peak = (1e-3 if small else 5e-6) * (10 if args.use_lora else 1) if args.lr is None else args.lr
@@ -170,8 +170,8 @@ def main(args):
     reward_of = reward_function(args, words, text)
     a_pass = max(1, len(data.train) // args.batch_size)
     steps = epochs * a_pass
-    run = Run(args, COLUMNS, steps, device, "python clip_grpo.py --save-model",
-              a_pass if args.save_model else None, objective=asdict(OBJECTIVE), lr_used=peak,
+    run = Run(args, COLUMNS, steps, device, "python clip_grpo.py --save_model",
+              a_pass if args.save_model else 0, objective=OBJECTIVE, lr_used=peak,
               epochs_used=epochs, templates_used=templates, other_templates_used=other_templates)
     reading = {"num_workers": args.num_workers if data.train.read else 0, "bad_images": args.bad_images}
     scale = model.logit_scale
@@ -247,13 +247,10 @@ def main(args):
             scale.data.clamp_(max=math.log(100))
 
         # ---- log ----
-        if held_out or step % args.log_every == 0:
-            token_adv = adv.abs().mean() if args.method == "grpo" else None
-            run.write(samples=action.numel(), mean_r=reward.mean(), token_adv=token_adv,
-                      entropy_norm=run.sums["entropy"] / math.log(len(words)), logit_scale=scale.exp(),
-                      lr=optimizer.param_groups[0]["lr"], frac_zero_std=frac_zero_std(reward), **held_out)
-        else:
-            run.count(samples=action.numel())
+        run.write(samples=action.numel(), due=held_out or step % args.log_every == 0, mean_r=reward.mean(),
+                  token_adv=adv.abs().mean() if args.method == "grpo" else None, logit_scale=scale.exp(),
+                  entropy_norm=run.sums["entropy"] / math.log(len(words)), lr=optimizer.param_groups[0]["lr"],
+                  frac_zero_std=frac_zero_std(reward), **held_out)
 
     if args.save_model:
         export(args, model, visual, **about)
@@ -261,7 +258,8 @@ def main(args):
     run.finish(samples=run.counts["samples"], seconds=run.counts["seconds"], peak_mem_mb=peak_mem_mb(device),
                **after[0])
     classes = {word: {"before": old, "after": new} for word, old, new in zip(words, before[1], after[1])}
-    run.write_record(before=before[0], after=after[0], class_accuracy=classes)
+    run.record |= {"before": before[0], "after": after[0], "class_accuracy": classes}
+    write_run_record(args.log, args, device=str(device), dtype=run.dtype, **run.record)
     report(args, data, {"before": before[::2], "after": after[::2]}, {name: name for name in before[0]},
            ["mean_r", "top1", "kl", "entropy_norm"] if args.plot_metrics else [],
            [f"{args.out}/policy.pth"] if args.save_model else [])

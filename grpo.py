@@ -1,19 +1,23 @@
 """GRPO, Group Relative Policy Optimization: the objective (DeepSeekMath, arXiv:2402.03300), then its family.
 
-Pure functions on tensors: B prompts, G answers to each, T actions (tokens) an answer.
-Left out: sampling and optimizers (train_grpo.py), and the value network that GRPO does without (ppo.py).
+Pure functions on tensors: B prompts, G answers to each prompt, T actions (tokens) in each answer.
+Left out: sampling (rollout.py), the optimizer (train_grpo.py), and PPO's value network (ppo.py).
 Run: python train_grpo.py --objective grpo
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 # ---- plain GRPO: the paper on one screen; grpo_loss with OBJECTIVES["grpo"] equals it ----
 def plain_grpo(reward, logp, logp_old, logp_ref, mask, eps=0.2, beta=0.04):
-    """-mean over answers of 1/|o| Σ_t min(r·A, clip(r, 1-ε, 1+ε)·A) - β·k3 (arXiv:2402.03300, eq. 3, 4)."""
+    """-mean over answers of 1/|o| Σ_t [ min(r·A, clip(r, 1-ε, 1+ε)·A) - β·k3 ] (arXiv:2402.03300, eq. 3, 4).
+
+    reward (B, G); logp, logp_old, logp_ref and mask (B, G, T) -> scalar.
+    """
     adv = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)  # (B, G)
-    ratio, adv = torch.exp(logp - logp_old), adv[:, :, None]  # (B, G, T), (B, G, 1)
+    adv = adv[:, :, None]  # (B, G, 1): all tokens of an answer share it
+    ratio = torch.exp(logp - logp_old)  # (B, G, T)
     surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)
     kl = torch.exp(logp_ref - logp) - (logp_ref - logp) - 1
     per_token = -(surrogate - beta * kl) * mask
@@ -35,11 +39,11 @@ def check(**chosen):
 @dataclass(frozen=True)
 class Objective:
     """One row of the table; a variant is dataclasses.replace(OBJECTIVES["grpo"], beta=0.0)."""
-    baseline: str = "mean"      # subtracted from the reward: mean, loo (mean of the others), none
+    baseline: str = "mean"      # is subtracted from the reward: mean, loo (mean of the others), none
     scale: str = "group"        # divides it: std of the group, std of all rewards of the batch, none
     ratio: str = "token"        # token, sequence (exp of an answer's mean log-ratio), none (on-policy)
     surrogate: str = "clip"     # clip, cispo, sapo
-    reduce: str = "answer"      # answer, token, length, sum
+    reduce: str = "answer"      # answer, token, length, sum: how tokens become one number
     eps_low: float = 0.2
     eps_high: float = 0.2       # for cispo the cap itself
     delta: float | None = None  # caps the unclipped ratio from above (two-sided clip)
@@ -65,11 +69,25 @@ OBJECTIVES = {
 }
 
 
+def pick_objective(name, beta=None, group_size=2, updates=1):
+    """The table's row with another β (None: its own) -> Objective.
+
+    ValueError where groups of this size, or so many updates a rollout, don't go with it.
+    """
+    objective = OBJECTIVES[name] if beta is None else replace(OBJECTIVES[name], beta=beta)
+    if group_size < 2 and objective.baseline != "none":
+        raise ValueError(f"--group_size {group_size}: {name} compares a prompt's answers, wanted at least 2")
+    if objective.ratio == "none" and updates > 1:
+        raise ValueError(f"--objective {name} has no ratio: {updates} updates a rollout would be off-policy, "
+                         "wanted 1 epoch and 1 minibatch")
+    return objective
+
+
 def group_advantage(reward, baseline="mean", scale="group", eps=1e-4):
     """How much better an answer is than its group: A = (R - baseline) / (std + eps), std unbiased.
 
-    (B, G) -> (B, G), no gradient. arXiv:2402.03300, section 4.1.2.
-    ValueError on an unknown name, or where G = 1 leaves nothing to compare with.
+    reward (B, G) -> (B, G), without gradient. Equal rewards of a group give exactly 0 under mean and loo.
+    arXiv:2402.03300, section 4.1.2. ValueError on an unknown name, or where G = 1 leaves nothing to compare.
     """
     assert reward.dim() == 2, f"reward has shape {tuple(reward.shape)}, wanted (B, G)"
     check(baseline=baseline, scale=scale)
@@ -91,8 +109,8 @@ def kl_penalty(logp, logp_ref, estimator="k3"):
     """Schulman's estimators of KL(π‖π_ref) at actions drawn from π (joschu.net/blog/kl-approx.html).
 
     d = logp_ref - logp: k1 = -d, k2 = d²/2, k3 = eᵈ - d - 1; (..., T) -> (..., T). As a *loss* on on-policy
-    samples they differ in gradient: k1's is zero in expectation (it ignores the reference), k2's is that of
-    KL(π‖π_ref), k3's that of KL(π_ref‖π), and ratio·k3 restores KL(π‖π_ref) (tests/test_grpo.py).
+    samples they differ in gradient. That of k1 is zero in expectation: it ignores the reference. That of k2
+    is KL(π‖π_ref)'s, that of k3 is KL(π_ref‖π)'s, and that of ratio·k3 is KL(π‖π_ref)'s again.
     """
     check(kl=estimator)
     d = logp_ref - logp
@@ -103,15 +121,15 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_to
     """The loss to minimise and its stats: surrogate(r, A) + β·KL a token, reduced; r = exp(logp - logp_old).
 
     logp, logp_old, logp_ref, mask (B, G, T), adv (B, G) -> scalar, dict of masked means (ratio_max: maximum).
-    The denominators are of the whole optimizer step: pass its n_tokens and n_answers and micro-losses add up.
-    AssertionError on shapes and on tensors that carry a gradient but shouldn't, ValueError on unknown names.
+    The denominators belong to a whole optimizer step. Given its n_tokens and n_answers, micro-losses add up.
+    AssertionError on other shapes, and on a gradient where none belongs.
     """
     for name, x in (("logp_old", logp_old), ("logp_ref", logp_ref), ("mask", mask), ("adv", adv)):
         want = logp.shape[:2] if name == "adv" else logp.shape
         assert x.shape == want and not x.requires_grad, \
             f"{name} has shape {tuple(x.shape)}, requires_grad {x.requires_grad}, wanted {tuple(want)}, False"
     assert logp.dim() == 3, f"logp has shape {tuple(logp.shape)}, wanted (B, G, T)"
-    o, mask = objective, mask.bool()  # filled, not multiplied: inf behind the mask times 0 is NaN
+    o, mask = objective, mask.bool()  # what is masked is filled: multiplied by 0, an inf would become NaN
     logp, logp_old, logp_ref = (promote(x).masked_fill(~mask, 0.0) for x in (logp, logp_old, logp_ref))
     adv = promote(adv)[:, :, None]  # (B, G, 1)
     length = mask.sum(2, keepdim=True).clamp(min=1)  # an empty answer divides nothing by zero
@@ -140,10 +158,16 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_to
     denominator = {"answer": n_answers, "token": n_tokens, "length": n_answers * max_len, "sum": n_answers}
     loss = (loss / length if o.reduce == "answer" else loss).sum() / denominator[o.reduce]
 
-    def mean(x):
-        return x.detach().masked_fill(~mask, 0.0).sum() / tokens
-    return loss, {"kl": mean(kl_penalty(logp, logp_ref, "k3")), "clip_frac": mean(clipped.to(logp.dtype)),
-                  "ratio_max": ratio.detach().masked_fill(~mask, 0.0).max(), "pg_loss": mean(pg)}
+    kl_raw, clip_frac = kl_penalty(logp, logp_ref, "k3").detach(), clipped.to(logp.dtype)
+    return loss, {"kl": masked_mean(kl_raw, mask), "clip_frac": masked_mean(clip_frac, mask),
+                  "pg_loss": masked_mean(pg.detach(), mask),
+                  "ratio_max": ratio.detach().masked_fill(~mask, 0.0).max()}
+
+
+def masked_mean(x, mask):
+    """Mean over real tokens, a scalar; 0 where there is none. What is masked may be NaN."""
+    mask = mask.bool()
+    return torch.where(mask, x, torch.zeros_like(x)).sum() / mask.sum().clamp(min=1)
 
 
 def promote(x):  # float64 stays, all else becomes float32: bfloat16 can't hold a ratio of 1.001

@@ -1,8 +1,8 @@
 """The whole pipeline on a laptop: corpus -> π₀ -> preferences -> reward model -> GRPO, PPO -> curves.
 
-Every stage is a command of this repository, printed before it runs, so that you can run it yourself. What is
-done stays done: a second run reuses it, a broken one goes on where it stopped, --fresh begins anew.
-Left out: tuning (results/sweep.csv has it), seeds (results/ has three).
+Every stage is a command of this repository. It is printed before it runs, so that you can run it yourself.
+A second run reuses what is done, and a broken one goes on where it stopped. --fresh begins anew.
+Left out: tuning (results/sweep.csv has it), more than one seed (results/demo/ has three).
 Run: python rlhf_demo.py
 """
 import json
@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import utils  # before torch: it sets how OpenMP's threads wait
 
@@ -20,23 +21,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from plot import GRID, plot_panels
-from utils import checkpoint
-from utils.cli import at_least, parse
+from generate import sample_texts
+from generate import score as score_answers
+from model import load_policy
+from reward import load_scorer
+from utils.cli import AtLeast, parse
 from utils.device import pick_device
+from utils.figure import GRID, plot_panels
 from utils.rewards import JUDGES
-from utils.task import load_prompts, load_scorer, sample_texts
-from utils.text import load_corpus
+from utils.text import load_corpus, load_prompts
 
 
 @dataclass
 class Args:
     data: str = "auto"  # auto (Tiny Shakespeare, or the offline play), shakespeare, play, or a text file
-    steps: int = 25  # of GRPO and of PPO: the same number of samples
-    sft_steps: int = 0  # 0: 850, or 300 on a text under 300,000 characters, which would be learnt by heart
-    eval_prompts: int = 256  # held-out prompts behind the table
-    seed: int = 0
-    device: str = "auto"
+    steps: Annotated[int, AtLeast(1)] = 25  # of GRPO and of PPO: the same number of samples
+    sft_steps: Annotated[int, AtLeast(0)] = 0  # 0: 850, or 300 on a text under 300,000 characters
+    eval_prompts: Annotated[int, AtLeast(4)] = 256  # held-out prompts behind the table
+    seed: int = 0  # of all stages
+    device: str = "auto"  # auto, cpu, cuda or mps
     fresh: bool = False  # begin anew, whatever is cached in out/ and logs/
 
 
@@ -69,7 +72,6 @@ def run(script, output, inputs, last_step, args, *flags):
 
 @torch.no_grad()
 def main(args):
-    at_least(args, steps=1, sft_steps=0, eval_prompts=4)
     began = time.perf_counter()
     text, source = load_corpus(args.data)
     data = {"tinyshakespeare": "shakespeare", "bell_of_merrow.txt": "play"}.get(source, args.data)
@@ -85,7 +87,7 @@ def main(args):
 
     # ---- the table: three policies, the same held-out prompts, the same draws ----
     device = pick_device(args.device)
-    ref, tokenizer = checkpoint.load_policy(policy, device)
+    ref, tokenizer = load_policy(policy, device)
     score = load_scorer("model", reward, policy, tokenizer, device)
     prompts = load_prompts("", data, tokenizer, 32)[1]
     order = torch.randperm(len(prompts.texts), generator=torch.Generator().manual_seed(args.seed))
@@ -96,10 +98,10 @@ def main(args):
         table.add_column(column, justify="right")
     answers = {}
     for label, name in (("π₀", "sft"), ("GRPO", "grpo"), ("PPO", "ppo")):
-        model = checkpoint.load_policy(f"out/{name}/policy.pth", device)[0]
+        model = load_policy(f"out/{name}/policy.pth", device)[0]
         tokens, _, mask, texts = sample_texts(model, tokenizer, prompts, 48, seed=args.seed)
-        logp, entropy = model.score(tokens, 32)
-        d = ref.score(tokens, 32)[0] - logp
+        logp, entropy = score_answers(model, tokens, 32)
+        d = score_answers(ref, tokens, 32)[0] - logp
         gold = sum(JUDGES["sentiment"](texts, prompts.texts)) / len(texts)
         cost = pd.read_csv(f"logs/{name}.csv")
         table.add_row(label, f"{score(tokens, mask, prompts, texts).mean():+.2f}", f"{gold:+.2f}",

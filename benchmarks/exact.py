@@ -22,9 +22,9 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss  # noqa: E402
-from plot import COLORS, DASHES, STYLE, band, curve, read_runs  # noqa: E402
 from utils.cli import AtLeast, atomic_write, die, parse  # noqa: E402
 from utils.device import write_run_record  # noqa: E402
+from utils.figure import COLORS, DASHES, STYLE, band, curve, read_runs  # noqa: E402
 from utils.log import SHARED, Log  # noqa: E402
 from utils.run import step_generator  # noqa: E402
 from vision.bandit import draw, entropy, exact_kl, supervised_steps  # noqa: E402

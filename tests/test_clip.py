@@ -587,7 +587,7 @@ def test_texts_that_do_not_fit(refused, tmp_path):
 def test_settings_that_can_not_work(refused, tmp_path):
     tiny = ["--model", "tiny.pth", "--dataset", "digits"]
     refused([*tiny, "--group-size", "1"], "--group_size 1", "at least 2")
-    refused([*tiny, "--lora-adapter", "x.pth"], "--use-lora")
+    refused([*tiny, "--lora-adapter", "x.pth"], "--use_lora")
     refused([*tiny, "--use-lora", "--lora-adapter", "x.pth"], "x.pth")
     refused([*tiny, "--reward", "nonsense"], "'nonsense'", "bandit, smooth or FILE.py:FUNCTION")
     refused([*tiny, "--reward", "rewards.py:nan"], "rewards.py:nan", "finite")
@@ -602,7 +602,7 @@ def test_settings_that_can_not_work(refused, tmp_path):
 
 def test_data_that_is_not_there_or_broken(refused, tmp_path, monkeypatch):
     refused(["--dataset", "nowhere", "--model", "tiny.pth"], "nowhere", "train/ and val/")
-    refused(["--dataset", "imagenet", "--model", "tiny.pth"], "data/imagenet", "--data-path")
+    refused(["--dataset", "imagenet", "--model", "tiny.pth"], "data/imagenet", "--data_path")
     refused(["--dataset", "cifar100"], "--model")
     image_folder(tmp_path / "made", broken=True)
     refused(["--dataset", "made", "--model", "tiny.pth", "--num-workers", "0"], "red_thing/0.png",

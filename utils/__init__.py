@@ -1,11 +1,11 @@
 """Import this before torch: OpenMP and the allocator take their settings before the first tensor.
 
-A thread that waits spins for some microseconds and then sleeps, instead of spinning for milliseconds. On a
-machine whose two cores had other work too, the default made sft.py 19 times slower than sleeping at once
-(597 against 11,173 tokens a second); alone on it, sleeping at once made sampling 1.8 times slower, this 1.2.
+A thread that waits spins for some microseconds and then sleeps. The default spins for milliseconds, which
+costs most of the speed on a machine whose cores have other work too. Sleeping at once costs speed on a quiet
+machine. docs/log.md has what was seen.
 
-Memory that a step frees stays with the process for the next one. glibc would give it back, and touching it
-anew costs a page fault every 4 KB: 8,811 faults and 345 ms an update on a virtual machine, 256 ms without.
+Memory that a step frees stays with the process for the next step. glibc would give it back, and each 4 KB
+that is touched anew costs a page fault.
 """
 import contextlib
 import ctypes

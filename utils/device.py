@@ -59,7 +59,7 @@ def pick_autocast(device, dtype="auto"):
 
 
 def compiled(function, device):
-    """torch.compile with static shapes; on CUDA in the mode that captures graphs. Costs minutes at first."""
+    """torch.compile with static shapes. It costs a minute or more at the first step."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not shutil.which(compiler.split()[0]):
         die(f"--compile needs a C++ compiler and {compiler!r} isn't there: install one, name it in CXX, or "
@@ -102,4 +102,7 @@ def write_run_record(csv_path, args, **more):
     record = {"args": dataclasses.asdict(args), "command": " ".join(command()),
               "commit": git_commit(), "python": platform.python_version(), "versions": versions,
               "machine": platform.machine(), "threads": torch.get_num_threads(), **more}
-    atomic_write(Path(csv_path).with_suffix(".json"), json.dumps(record, indent=2, default=str).encode())
+
+    def plain(value):
+        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+    atomic_write(Path(csv_path).with_suffix(".json"), json.dumps(record, indent=2, default=plain).encode())

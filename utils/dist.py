@@ -72,10 +72,10 @@ def clip(model, max_norm):
 
 # ---- checkpoints: a folder a step, complete or not there ----
 def newest(folder, made_by):
-    found = sorted(path.parent for path in Path(folder).glob("[0-9]*/resume_step.txt"))
-    if not found:
+    folders = sorted(path.parent for path in Path(folder).glob("[0-9]*/resume_step.txt"))
+    if not folders:
         die(f"--resume: no checkpoint in {folder}: run `{made_by}` first, or name another --ckpt-dir")
-    return found[-1]
+    return folders[-1]
 
 
 def save(folder, model, optimizer, step, in_shards, **content):

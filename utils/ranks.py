@@ -1,8 +1,8 @@
-"""Several processes, one run: who this one is, its share of the work, and how they add up what they found.
+"""Several processes, one run: who this one is, its share of the work, and how they add up their numbers.
 
-Every process draws the same random numbers and takes its share of prompts, so that two sample what one would.
-Gradients are added, not averaged (the losses' denominators are of the whole step), in one exchange behind the
-last micro-batch: what DistributedDataParallel does, without hiding it behind the backward pass.
+Every process draws the same random numbers and takes its share of the prompts. So two processes sample what
+one would. Gradients are added, not averaged, since the losses' denominators are of the whole step. One
+exchange after the last micro-batch does it. DistributedDataParallel does the same inside the backward pass.
 Without torchrun each function does what one process needs. Run: torchrun --nproc_per_node=2 train_grpo.py
 """
 import contextlib
@@ -21,7 +21,7 @@ from utils.device import pick_device, rank, world
 
 @contextlib.contextmanager
 def one_voice():
-    """For what all ranks do alike: rank 0 speaks, the others are silent, unless one ends alone."""
+    """For what all ranks do alike: rank 0 prints, the others are silent, unless one of them ends alone."""
     if not rank():
         yield
         return
@@ -30,7 +30,7 @@ def one_voice():
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
             yield
     except SystemExit:
-        # torchrun ends all with the first, so rank 0 must come to speak; if it stays, I am alone with this
+        # torchrun ends all with the first, so rank 0 needs time to print. If rank 0 stays, this one prints.
         where = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
         with contextlib.suppress(OSError):
             for _ in range(10):
@@ -42,7 +42,7 @@ def one_voice():
 
 @contextlib.contextmanager
 def meeting():
-    """Where processes wait for each other: one that has died, or isn't there, is a clear message."""
+    """Where processes wait for each other. If one has died or isn't there, the run ends with a message."""
     try:
         yield
     except (RuntimeError, ValueError) as error:  # gloo and NCCL name a dozen ways of "the other one is gone"
@@ -88,10 +88,21 @@ def share(n, what):
     return slice(rank() * n // world(), (rank() + 1) * n // world())
 
 
-def local(index, mine, size=0):
-    """Those of `index` that lie in the slice `mine`, counted from its start, in parts of at most `size`."""
-    index = index[(index >= mine.start) & (index < mine.stop)] - mine.start
+def whole_parts(n, parts, flag):
+    """Refuses a number of parts that doesn't divide n."""
+    if n % parts:
+        die(f"{flag} {parts} doesn't divide {n}: wanted equal parts")
+
+
+def local(index, share, size=0):
+    """Those of `index` that lie in the slice `share`, counted from its start, in parts of at most `size`."""
+    index = index[(index >= share.start) & (index < share.stop)] - share.start
     return index.split(size or len(index)) if len(index) else []
+
+
+def count(mask, batch, share):
+    """How many tokens the rows `batch` of all processes hold; mask has this one's rows, the slice `share`."""
+    return sum(gather([sum(int(mask[rows].sum()) for rows in local(batch, share))]))
 
 
 def gather(x):

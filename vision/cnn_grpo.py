@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils.cli import AtLeast, die, parse
-from utils.device import pick_device
+from utils.device import pick_device, write_run_record
 from utils.log import SHARED
 from utils.run import Run, step_generator
 from vision.bandit import (
@@ -123,7 +123,7 @@ def main(args):
     untrained = args.model == "small" or args.weights == "none" or args.head_only
     lr = args.lr if args.lr is not None else 1e-3 if untrained else 1e-5
     run = Run(args, COLUMNS, args.steps, device, "python -m vision.cnn_grpo", args.save_every,
-              objective=asdict(objective), lr_used=lr)
+              objective=objective, lr_used=lr)
     data, policy = load(replace(args, sft_steps=0) if args.resume else args, device)
     trained = policy.head if args.head_only else policy
     policy.requires_grad_(False)
@@ -193,7 +193,7 @@ def main(args):
     keep_best(run, policy, best_file, "classifier", after, "top1", **about)
     run.save(args.steps)  # again, with the number of the best policy
     run.finish(**after)
-    run.write_record(after=after)
+    write_run_record(args.log, args, device=str(device), dtype=run.dtype, **run.record, after=after)
     report(args, data, {"before": (before, guess_before), "after": (after, guess_after)},
            {"top1": "top-1", "top5": "top-5", "eval_r": f"reward ({args.reward})", "eval_kl": "KL, nats"},
            ["mean_r", "top1", "kl", "entropy"], [best_file])

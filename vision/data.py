@@ -42,19 +42,17 @@ class Images(Dataset):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return None, str(error), str(self.images[i])
 
-    def subset(self, index):
-        part = Images([self.images[i] for i in index], [self.targets[i] for i in index],
-                      [self.names[i] for i in index], self.read)
-        part.skipped = self.skipped  # one set for all parts, so that a file is counted once
-        return part
-
     def sample(self, n, generator, each_class=False):
         """The first n items, or the first n of each class, in an order drawn from the generator."""
         groups = [torch.randperm(len(self), generator=generator)]
         if each_class:
             labels = torch.stack([self.targets[i] for i in groups[0]])
             groups = [groups[0][labels == c] for c in labels.unique()]
-        return self.subset([i for group in groups for i in group[:n].tolist()])
+        index = [i for group in groups for i in group[:n].tolist()]
+        part = Images([self.images[i] for i in index], [self.targets[i] for i in index],
+                      [self.names[i] for i in index], self.read)
+        part.skipped = self.skipped  # one set for both, so that a file is counted once
+        return part
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import plain_attention
+from attention import plain_attention
 from vision.sampling import check_sampling, draw, guide, guided_steps
 from vision.vq import in_range, load_official  # noqa: F401  (the one loader serves both models)
 

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from model import inverse_cdf
+from generate import inverse_cdf
 
 
 def check_sampling(cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):

@@ -18,7 +18,7 @@ def report(args, data, results, columns, panels, made):
     from rich.console import Console
     from rich.table import Table
 
-    from plot import plot_panels
+    from utils.figure import plot_panels
     table = Table(f"{len(data.val)} held-out images", *columns.values())
     for name, (row, _) in results.items():
         table.add_row(name, *(f"{row[key]:.3f}" for key in columns))

@@ -20,7 +20,7 @@ import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils.cli import AtLeast, die, parse
-from utils.device import pick_device
+from utils.device import pick_device, write_run_record
 from utils.log import SHARED, open_tracker
 from utils.run import Run, step_generator
 from vision import rewards
@@ -167,7 +167,7 @@ def main(args):
         die("--draw argmax with --dropout 0: all of a group's answers would be the same")
     B, G, metric = args.batch_size, args.group_size, METRICS[args.task]
     run = Run(args, COLUMNS, args.steps, pick_device(args.device), "python -m vision.vit_grpo",
-              args.save_every, objective=asdict(OBJECTIVE))
+              args.save_every, objective=OBJECTIVE)
     device = run.device
     data, policy = begin(args, run)
     ref = copy.deepcopy(policy)  # frozen by no_grad: weights without requires_grad get a kernel 1e-6 off
@@ -187,15 +187,14 @@ def main(args):
             held_out, _ = evaluate(policy, ref, data, reward_of, args, run)
             keep_best(run, policy, best_file, "vit", held_out, metric, **about)
         if args.log_dir and step == run.start:
-            events = Path(args.log_dir, f"vit_{args.task}")
-            run.csv.tracker = open_tracker("tensorboard", events, asdict(args))
+            run.csv.tracker = open_tracker("tensorboard", Path(args.log_dir, f"vit_{args.task}"), vars(args))
         run.start_clock()
 
         # ---- rollout: G dropout passes over each of B images, one answer each ----
         generator = step_generator(args.seed, step)
         seed = int(torch.randint(2**31, (), generator=generator))  # of the masks: it brings these passes back
-        images, target = flip(images, generator) if data.flip else images, target.to(device)
-        images = images.to(device).repeat_interleave(G, 0)  # N = B·G
+        images = flip(images, generator) if data.flip else images
+        images, target = images.to(device).repeat_interleave(G, 0), target.to(device)  # N = B·G images
         with torch.no_grad():
             logq_old = log_probs(policy, images, seed, args, run)  # (N, T, V)
         action = act(logq_old, args.draw, generator)  # (N, T)
@@ -233,7 +232,7 @@ def main(args):
     keep_best(run, policy, best_file, "vit", after, metric, **about)
     run.save(args.steps)  # again, with the number of the best policy
     run.finish(**after)
-    run.write_record(after=after)
+    write_run_record(args.log, args, device=str(device), dtype=run.dtype, **run.record, after=after)
     report(args, data, {"before": (before, first_before), "after": (after, first_after)},
            {metric: f"{metric}, dropout off", "eval_r": f"reward ({reward_name})", "eval_kl": "KL, nats"},
            ["mean_r", metric, "kl", "entropy"], [best_file])

@@ -30,7 +30,7 @@ def load(args):
     root = args.data_path or "data/imagenet" if dataset == "imagenet" else dataset
     if is_folder and not Path(root).is_dir():
         die(f"--dataset {dataset}: no folder {root}. Wanted digits, cifar100, imagenet "
-            "(with --data-path FOLDER) or a folder with train/ and val/, a folder a class in each")
+            "(with --data_path FOLDER) or a folder with train/ and val/, a folder a class in each")
     if args.model:
         model, config = clip_model.load_clip(args.model, args.weights, args.seed)
     else:
@@ -43,8 +43,7 @@ def load(args):
     usual, other = clip_model.TEMPLATES, clip_model.OTHER_TEMPLATES
     if digits:
         usual, other = clip_model.DIGIT_TEMPLATES, clip_model.OTHER_DIGIT_TEMPLATES
-    templates = args.templates or usual, args.other_templates or other
-    return model, config, data, digits, *templates
+    return model, config, data, digits, args.templates or usual, args.other_templates or other
 
 
 def class_words(classes, dataset, names_file=""):

@@ -3,7 +3,7 @@
 peft adapts an nn.Linear. CLIP's attention is an nn.MultiheadAttention. peft 0.21 rewrites its frozen weights
 in the forward pass, and adapts its out_proj without effect. So each attention is first replaced by one that
 has a Linear each for q, k, v and out. The reference is the same network with its adapters off.
-Left out: the text tower (frozen), CLIP's ResNets. Run: python clip_grpo.py --use-lora --lora-r 8
+Left out: the text tower (frozen), CLIP's ResNets. Run: python clip_grpo.py --use_lora --lora_r 8
 """
 import copy
 import re
@@ -48,7 +48,7 @@ def add_lora(visual, r=8, alpha=16, dropout=0.05):
     """The visual tower with adapters on q, k, v, out and both layers of each MLP. All else is frozen."""
     peft = need("peft", "clip")
     if not hasattr(visual, "transformer"):
-        die("--use-lora: this CLIP sees with a ResNet, wanted one with a transformer, such as ViT-B/32")
+        die("--use_lora: this CLIP sees with a ResNet, wanted one with a transformer, such as ViT-B/32")
     for block in visual.transformer.resblocks:
         block.attn = SplitAttention(block.attn)
     config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
@@ -85,15 +85,15 @@ def save_adapter(path, visual, logit_scale):
 def load_adapter(path, visual, logit_scale):
     """Fills a tower's adapters from the file. Those of other sizes end the run with a message."""
     peft = need("peft", "clip")
-    content = checkpoint.load(path, "adapter", "python clip_grpo.py --use-lora --save-model",
+    content = checkpoint.load(path, "adapter", "python clip_grpo.py --use_lora --save_model",
                               ("config", "model", "logit_scale"))
     own = visual.peft_config["default"]
     wanted = {"r": own.r, "alpha": own.lora_alpha}
     shapes = [{k: v.shape for k, v in state.items()}
               for state in (content["model"], peft.get_peft_model_state_dict(visual))]
     if content["config"] != wanted or shapes[0] != shapes[1]:
-        die(f"--lora-adapter {path} was made with {content['config']}, for {len(shapes[0])} matrices: wanted "
-            f"{wanted}, and the {len(shapes[1])} of this tower. Give its --lora-r, --lora-alpha and model")
+        die(f"--lora_adapter {path} was made with {content['config']}, for {len(shapes[0])} matrices: wanted "
+            f"{wanted}, and the {len(shapes[1])} of this tower. Give its --lora_r, --lora_alpha and model")
     peft.set_peft_model_state_dict(visual, content["model"])
     with torch.no_grad():
         logit_scale.copy_(content["logit_scale"])
