@@ -3,7 +3,7 @@
 ViT (arXiv:2010.11929) with dropout left on when it answers, so that each pass is another network: MC dropout
 (arXiv:1506.02142). A pass takes the seed of its dropout masks, so that it can be replayed. GRPO then scores
 an answer under the very network that gave it.
-Left out: pretrained weights, dropout on attention weights, a second image size. Run: python -m vision.vit_grpo
+Left out: pretrained weights, dropout on attention weights, other image sizes. Run: python -m vision.vit_grpo
 """
 from dataclasses import asdict, dataclass
 
