@@ -16,11 +16,13 @@ import torch
 from helpers import cli, files, read_csv
 from PIL import Image
 
-from vision import c2i_data, c2i_grpo, c2i_models
-from vision.c2i_data import center_crop
-from vision.c2i_models import frechet, judged
-from vision.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig
-from vision.vq import VQS, VQConfig, VQModel
+from vision import c2i_grpo
+from vision.c2i import data as c2i_data
+from vision.c2i import models as c2i_models
+from vision.c2i.data import center_crop
+from vision.c2i.models import frechet, judged
+from vision.c2i.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig
+from vision.c2i.vq import VQS, VQConfig, VQModel
 
 SOME = ["--device", "cpu", "--vq-steps", 4, "--gpt-steps", 6, "--classifier-steps", 6, "--max-steps", 2,
         "--sample-batch-size", 8, "--train-batch-size", 4, "--num-generations", 4, "--eval-images", 3,

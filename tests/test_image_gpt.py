@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vision.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig, Slots, load_official, rope_table, rotate
-from vision.sampling import draw, guided_logits, guided_steps, kept_set, log_probs, score
-from vision.vq import VQS, VQConfig, VQModel, downsample, group_norm
+from vision.c2i.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig, Slots, rope_table, rotate
+from vision.c2i.sampling import draw, guided_logits, guided_steps, kept_set, log_probs, score
+from vision.c2i.vq import VQS, VQConfig, VQModel, downsample, group_norm, load_official
 
 V, T, CLASSES = 13, 9, 5
 CONFIG = ImageGPTConfig(32, 2, 4, V, T, CLASSES, n_kv_head=2, multiple_of=8)

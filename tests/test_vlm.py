@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 pytest.importorskip("trl")
 
 from vision import rewards, vlm_grpo  # noqa: E402
-from vision.vlm_data import (  # noqa: E402
+from vision.vlm.data import (  # noqa: E402
     Scorer,
     draw,
     load_examples,
@@ -23,7 +23,7 @@ from vision.vlm_data import (  # noqa: E402
     scenes,
     seen_size,
 )
-from vision.vlm_models import (  # noqa: E402
+from vision.vlm.models import (  # noqa: E402
     generate,
     inputs_of,
     load_model,
@@ -264,7 +264,7 @@ def test_greedy_answers_are_the_most_likely_tokens(start):
     model, processor = load_model(start), load_processor(start)
     inputs = inputs_of(processor, scenes(4, 1, "test"), "cpu")
     answers, mask, texts = generate(model, inputs, processor, 9)
-    from vision.vlm_models import with_answers
+    from vision.vlm.models import with_answers
     with torch.no_grad():
         logits = model(**with_answers(inputs, answers, mask), logits_to_keep=answers.shape[1] + 1).logits
     assert torch.equal(logits[:, :-1].argmax(2)[mask], answers[mask])

@@ -22,10 +22,10 @@ from utils.cli import Interrupt, die, need, parse, resume_command
 from utils.device import peak_mem_mb, write_run_record
 from utils.log import SHARED, Log, add
 from utils.run import step_generator
-from vision.c2i_data import batches, load_data, write_codes
-from vision.c2i_models import GPTS, TOKENIZERS, report, resolve
-from vision.c2i_models import decode, judged, load_models, pick_reward, picture
-from vision.sampling import draw, guided_logits, score
+from vision.c2i.data import batches, load_data, write_codes
+from vision.c2i.models import GPTS, TOKENIZERS, report, resolve
+from vision.c2i.models import decode, judged, load_models, pick_reward, picture
+from vision.c2i.sampling import draw, guided_logits, score
 
 COLUMNS = [*SHARED, "samples", "seconds", "sampling_s", "clip_frac", "ratio_max", "sampler_gap_max",
            "grad_norm", "frac_zero_std", "eval_r", "accuracy", "diversity", "frechet", "peak_mem_mb"]

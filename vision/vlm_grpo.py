@@ -25,9 +25,9 @@ from utils.device import peak_mem_mb, pick_device, rank, world, write_run_record
 from utils.log import SHARED, Log
 from utils.rewards import load_reward
 from vision.data import step_index
-from vision.vlm_data import Scorer, draw, load_data, picture, scenes
-from vision import vlm_models
-from vision.vlm_models import generate, inputs_of, load_model, lora, save_folder, score
+from vision.vlm.data import Scorer, draw, load_data, picture, scenes
+from vision.vlm import models
+from vision.vlm.models import generate, inputs_of, load_model, lora, save_folder, score
 
 COLUMNS = [*SHARED, "samples", "seconds", "length", "clip_frac", "grad_norm", "frac_zero_std", "unparsed",
            "accuracy", "eval_r", "eval_unparsed", "peak_mem_mb"]
@@ -250,10 +250,10 @@ def main(args):
     device, objective = pick_device(args.device), replace(OBJECTIVES[args.loss_type], beta=args.beta)
     state = args.resume and checkpoint.load_state(f"{args.output_dir}/state.pth", args,
                                                   "python -m vision.vlm_grpo", ("step", "model"))
-    config = vlm_models.trl_config(args, objective, device) if args.engine == "trl" else None
+    config = models.trl_config(args, objective, device) if args.engine == "trl" else None
     answers = config.generation_batch_size if config else args.per_device_train_batch_size  # a step
     path = args.model or f"{args.output_dir}/start"
-    processor = vlm_models.load_processor(path) if args.model else vlm_models.tiny_processor()
+    processor = models.load_processor(path) if args.model else models.tiny_processor()
     train, held_out = load_data(args, processor)
     scorer = Scorer(train, {name: getattr(args, name) for name in WEIGHTS},
                     load_reward(args.reward, ()) if args.reward else None)
@@ -270,8 +270,8 @@ def main(args):
     if not (args.model or state):
         clock = time.perf_counter()
         digits = scenes(3000, args.seed, "train")
-        save_folder(path, *vlm_models.supervise(digits, args.sft_steps, args.sft_lr, args.seed, device,
-                                                 args.start_accuracy))
+        save_folder(path, *models.supervise(digits, args.sft_steps, args.sft_lr, args.seed, device,
+                                             args.start_accuracy))
         print(f"supervised the tiny model for {time.perf_counter() - clock:.0f} s: {path}")
     order = torch.stack([step_index(len(train), B, args.seed, s) for s in range(args.steps)])  # (steps, B)
     run = Run(args, processor, held_out[:args.eval_examples], scorer, answers, device, state)

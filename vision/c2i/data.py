@@ -16,7 +16,7 @@ from utils.cli import atomic_write, die, need
 from utils.run import step_generator
 from vision import data as vision_data
 from vision.data import Images, open_rgb, step_index
-from vision.vq import in_range
+from vision.c2i.vq import in_range
 
 COLUMNS = ("image", "image_path", "file", "filepath"), ("label", "labels")
 

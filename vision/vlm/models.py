@@ -10,7 +10,7 @@ import torch
 
 from utils.cli import die, need, writing
 from vision.data import step_index
-from vision.vlm_data import Scorer, picture
+from vision.vlm.data import Scorer, picture
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from utils import checkpoint, dist
 from utils.cli import at_least, atomic_write, die, need
 from utils.rewards import checked, load_reward
-from vision.c2i_data import digits
+from vision.c2i.data import digits
 from vision.cnn import build
 from vision.data import standard, step_index
-from vision.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig, load_official
-from vision.sampling import check_sampling
-from vision.vq import VQS, VQConfig, VQModel
+from vision.c2i.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig, load_official
+from vision.c2i.sampling import check_sampling
+from vision.c2i.vq import VQS, VQConfig, VQModel
 
 GPTS = {**IMAGE_GPTS, "digits": ImageGPTConfig(64, 3, 4, 64, 16, 10, multiple_of=32)}
 TOKENIZERS = {**VQS, "digits": VQConfig(16, (1, 2), 32, 64, 4)}
