@@ -1,11 +1,15 @@
 """What every command line of this repository shares: clear errors, presets, atomic files, Ctrl-C."""
 import argparse
 import contextlib
+import dataclasses
 import importlib
+import inspect
 import os
+import re
 import shlex
 import signal
 import sys
+import typing
 from pathlib import Path
 
 
@@ -23,22 +27,106 @@ def need(module, extra):
         die(f"this needs the package {error.name!r}, which isn't installed: pip install '.[{extra}]'")
 
 
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """The least value of a flag, beside its field: `group_size: Annotated[int, AtLeast(2)] = 8`."""
+    low: float
+
+
 def parse(args_class, presets=None):
-    """Fills args_class from the command line; --preset NAME, at any place, picks one of `presets`."""
+    """Fills args_class from the command line; --preset NAME, at any place, picks one of `presets`.
+
+    args_class is a dataclass. Its banners (`# ---- the task ----`) are the groups of --help, its ALIASES the
+    historical names of flags, its AtLeast marks the least values. A bad value ends with exit code 2.
+    """
     import tyro
     words, rest, default = command(), sys.argv[1:], args_class()
-    prog = shlex.join(words[:len(words) - len(rest)])  # python sft.py, python -m vision.exact
+    prog = shlex.join(words[:len(words) - len(rest)])  # python sft.py, python -m vision.cnn_grpo
+    rest = canonical_names(rest, getattr(args_class, "ALIASES", {}))
     if presets:
         first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
         first.add_argument("--preset", choices=presets)
         first.error = lambda message: die(f"{message}: wanted one of {', '.join(presets)}")
-        known, rest = first.parse_known_args()
+        known, rest = first.parse_known_args(rest)
         default = presets.get(known.preset, default)
-    args = tyro.cli(args_class, prog=prog, args=rest, default=default,
-                    description=sys.modules[args_class.__module__].__doc__)
+    description = sys.modules[args_class.__module__].__doc__
+    groups = flag_groups(args_class, default)
+    if groups is None:
+        args = tyro.cli(args_class, prog=prog, args=rest, default=default, description=description)
+    else:
+        by_group = tyro.cli(groups, prog=prog, args=rest, description=description)
+        values = {}
+        for part in dataclasses.fields(by_group):
+            value = getattr(by_group, part.name)
+            values |= vars(value) if dataclasses.is_dataclass(value) else {part.name: value}
+        args = args_class(**values)
+    for name, hint in typing.get_type_hints(args_class, include_extras=True).items():
+        at_least(args, **{name: mark.low for mark in getattr(hint, "__metadata__", ())
+                          if isinstance(mark, AtLeast)})
     if not 0 <= getattr(args, "seed", 0) <= 10**12:  # a million steps' generators must fit 64 bits
         die(f"--seed {args.seed}: wanted 0 to {10**12:,}")
     return args
+
+
+def canonical_names(words, aliases):
+    """The words of a command line with each historical flag under its canonical name.
+
+    aliases: {"grpo_steps": "steps"}, or {"use_amp": "dtype=bf16"} for a flag that is a value of another.
+    Two names of one flag with different values are refused.
+    """
+    result, given = [], {}  # given: {canonical name: {its name as typed: the values behind it}}
+    values = []
+    for word in words:
+        if not word.startswith("--"):
+            result.append(word)
+            values.append(word)
+            continue
+        typed, _, value = word.partition("=")
+        old = typed[2:].replace("-", "_")
+        name, _, meant = aliases.get(old, old).partition("=")
+        values = [word for word in (value, meant) if word]
+        result += [f"--{name}" if old in aliases else typed, *values]
+        given.setdefault(name, {})[typed] = values
+    for name, spellings in given.items():
+        if len({tuple(values) for values in spellings.values()}) > 1:
+            both = " and ".join(" ".join([typed, *values]) for typed, values in spellings.items())
+            die(f"{both}: these are names of one flag, --{name}. Give one of them")
+    return result
+
+
+def flag_groups(args_class, default):
+    """A class with a dataclass a banner of args_class's source, for --help; None where there is no banner."""
+    import tyro
+    hints = typing.get_type_hints(args_class, include_extras=True)
+    fields = {field.name for field in dataclasses.fields(args_class)}
+    banner, members, helps = None, {}, {}
+    for line in inspect.getsource(args_class).splitlines():
+        title, flag = re.match(r"\s+# ---- (.+?) ----", line), re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
+        if title:
+            banner = title[1]
+        elif flag and flag[1] in fields and banner:
+            members.setdefault(banner, []).append(flag[1])
+            helps[flag[1]] = flag[2] or ""
+    if banner is None:
+        return None
+    old_names = {new.partition("=")[0]: old for old, new in getattr(args_class, "ALIASES", {}).items()}
+
+    def member(name):
+        marks = getattr(hints[name], "__metadata__", ())
+        low = "".join(f"; at least {mark.low}" for mark in marks if isinstance(mark, AtLeast))
+        old = f"; formerly --{old_names[name]}" if name in old_names else ""
+        hint = typing.Annotated[hints[name], tyro.conf.arg(help=helps[name] + low + old)]
+        return name, hint, dataclasses.field(default_factory=lambda: getattr(default, name))
+
+    parts = []
+    for banner, names in members.items():
+        alone = [name for name in names if isinstance(getattr(default, name), dict)]  # --trl.NAME has a dot
+        group = dataclasses.make_dataclass("Group", [member(name) for name in names if name not in alone])
+        group.__doc__ = banner[0].upper() + banner[1:] + "."
+        title = re.sub(r"\W+", "_", banner.partition(":")[0].removeprefix("the "))
+        parts += [(title, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group))]
+        parts += [member(name) for name in alone]
+    return dataclasses.make_dataclass("Flags", parts)
 
 
 def at_least(args, **least):
