@@ -91,6 +91,21 @@ def newest(folder, made_by):
     return checkpoints[-1]
 
 
+def last_state(out, arguments, may_change, aliases, made_by):
+    """The newest checkpoint's folder and its run.pth; arguments other than it began with are refused.
+
+    aliases: {historical name: name of an argument}, for a checkpoint that older code wrote.
+    """
+    folder = newest(out, made_by)
+    state = checkpoint.load(folder / "run.pth", "state", made_by, ("step", "args"))
+    began = {aliases.get(name, name): value for name, value in state["args"].items()}
+    for name, value in arguments.items():
+        if name not in may_change and began.get(name) != value:
+            die(f"--resume: {folder} began with {name} {began.get(name)}, not {value}: give the same")
+    torch.set_num_threads(state["threads"])  # sums in another order would give other last digits
+    return folder, state
+
+
 def save(folder, model, optimizer, step, in_shards, **content):
     """Writes the folder of one checkpoint; all processes call it together.
 
@@ -113,7 +128,7 @@ def save(folder, model, optimizer, step, in_shards, **content):
             if not in_shards:
                 atomic_write(tmp / "consolidated.pth", lambda file: torch.save(state["model"], file))
                 atomic_write(tmp / "optimizer.pth", lambda file: torch.save(state["optimizer"], file))
-            checkpoint.write(tmp / "run.pth", "state", step=step, **content)
+            checkpoint.write(tmp / "run.pth", "state", step=step, threads=torch.get_num_threads(), **content)
             (tmp / "state_type.txt").write_text("sharded" if in_shards else "full")
             (tmp / "resume_step.txt").write_text(str(step))
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,8 +1,8 @@
 """GRPO for a class-conditional image GPT of LlamaGen's: a class is the prompt, an image is the answer.
 
 LlamaGen (arXiv:2406.06525) draws an image as T codes of a frozen tokenizer. GRPO (arXiv:2402.03300) compares
-G images of a class. Without --vq-ckpt and --data-path the run is on digits, whose models it trains first.
-The banners are those of train_grpo.py, in the same order.
+G images of a class. Without --vq-ckpt and --data-path the run is on digits, whose models it trains first. The
+banners are those of train_grpo.py, in the same order.
 Left out: text prompts, moving averages of the weights, learning rate schedules.
 Run: python -m vision.c2i_grpo
 """
@@ -25,7 +25,7 @@ from utils.log import SHARED, Log, add
 from utils.run import step_generator
 from vision.c2i.data import batches, load_data, write_codes
 from vision.c2i.models import GPTS, TOKENIZERS, decode, load_models, pick_reward, picture, report, resolve
-from vision.c2i.rollout import DTYPES, evaluate, roll_out, score_part, true_codes
+from vision.c2i.rollout import DTYPES, evaluate, roll_out, score_part, true_answers
 
 MADE_BY = "python -m vision.c2i_grpo"
 COLUMNS = [*SHARED, "samples", "seconds", "sampling_s", "clip_frac", "ratio_max", "sampler_gap_max",
@@ -121,26 +121,9 @@ def step_optimizer(step, args, policy, optimizer, scaler, loss):
     return norm
 
 
-def fixed_arguments(args):
-    """What a checkpoint keeps of the arguments; --resume compares it."""
-    return {**asdict(args), "the global batch": args.sample_batch_size * ranks.world()}
-
-
-def save(args, policy, optimizer, counts):
+def save(args, policy, optimizer, counts, arguments):
     dist.save(f"{args.out}/{counts['step']:07d}", policy, optimizer, in_shards=args.ckpt_sharded, **counts,
-              args=fixed_arguments(args), threads=torch.get_num_threads())
-
-
-def last_state(args):
-    """The last checkpoint's folder and what a run goes on from; other arguments than it had are refused."""
-    folder = dist.newest(args.out, MADE_BY)
-    state = checkpoint.load(folder / "run.pth", "state", MADE_BY, ("step", "args"))
-    began = {args.ALIASES.get(name, name): value for name, value in state["args"].items()}
-    for name, value in fixed_arguments(args).items():
-        if name not in MAY_CHANGE and began.get(name) != value:
-            die(f"--resume: {folder} began with {name} {began.get(name)}, not {value}: give the same")
-    torch.set_num_threads(state["threads"])  # sums in another order would give other last digits
-    return folder, state
+              args=arguments)
 
 
 def open_log(args, total, start):
@@ -169,14 +152,15 @@ def main(args):
     device, rank, world = ranks.start(args.device, args.backend), ranks.rank(), ranks.world()
     torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
     B, G = args.sample_batch_size, args.group_size
-    folder, state = last_state(args) if args.resume else (None, None)
+    arguments = asdict(args) | {"the global batch": B * world}  # a resume compares them
+    if args.resume:
+        folder, state = dist.last_state(args.out, arguments, MAY_CHANGE, args.ALIASES, MADE_BY)
     vq, policy, classifier, judge = ranks.first_on_rank_0(lambda: load_models(args, is_digits, device))
     T = policy.config.block_size
     score_images = pick_reward(args, classifier, is_digits)
     data = load_data(args, is_digits, T)
     if args.extract_codes:
         write_codes(data, vq, args, device, rank, world)
-        print(f"wrote the codes of {len(data)} images to {args.extract_codes}")
         return
     if len(data) < B * world:
         die(f"the data hold {len(data)} images, a step takes {B * world}: lower --sample-batch-size")
@@ -191,8 +175,7 @@ def main(args):
         dist.load(folder, policy, optimizer)
         counts = {name: state[name] for name in counts}
     start = counts["step"]
-    total = min(args.epochs * (len(data) // (B * world)), args.steps or 10**12)
-    total = max(total, start)
+    total = max(start, min(args.epochs * (len(data) // (B * world)), args.steps or 10**12))
     write_run_record(args.log, args, device=str(device), world=world)
     log = open_log(args, total, start)
     interrupt = Interrupt()
@@ -205,7 +188,7 @@ def main(args):
     loader = batches(data, B * world, args.seed, start, total, args.num_workers, rank, world)
     for step, (x, labels) in enumerate(loader, start):
         if args.save_every and step % args.save_every == 0 and step > start:
-            save(args, policy, optimizer, counts)
+            save(args, policy, optimizer, counts, arguments)
         measures = {}
         if is_digits and args.eval_every and step % args.eval_every == 0:
             measures = evaluate(policy, args, vq, judge, score_images)[0] if step else before[0]
@@ -213,7 +196,7 @@ def main(args):
 
         # ---- rollout: G images of each of B classes ----
         x, labels = x.to(device), labels.to(device)
-        truth = true_codes(args, vq, x)  # (B, T), or None where codes are drawn freely
+        truth, true_images = true_answers(args, vq, x)  # None where codes are drawn freely
         uniforms = torch.rand(B * world, G, T, generator=step_generator(args.seed, step))
         rollout = roll_out(policy, args, labels, uniforms[rank::world].to(device), truth)
         if device.type == "cuda":
@@ -222,8 +205,7 @@ def main(args):
 
         # ---- reward ----
         images = decode(vq, rollout.codes.flatten(0, 1))  # (B·G, 3, H, W)
-        true = true_images(args, vq, x)
-        reward = score_images(images, labels.repeat_interleave(G), true).view(B, G)
+        reward = score_images(images, labels.repeat_interleave(G), true_images).view(B, G)
 
         # ---- advantage: what the group's mean says ----
         adv = group_advantage(reward, objective.baseline, objective.scale)
@@ -247,25 +229,27 @@ def main(args):
                       "sampler_gap_max": (old - rollout.logp[part]).abs().max()}
             add(sums, stats, 1 / len(parts))
             if (i + 1) % passes == 0:
-                add(sums, {"grad_norm": step_optimizer(step, args, policy, optimizer, scaler, loss)}, 1 / updates)
+                grad_norm = step_optimizer(step, args, policy, optimizer, scaler, loss)
+                add(sums, {"grad_norm": grad_norm}, 1 / updates)
 
         # ---- log ----
         counts = {"step": step + 1, "seconds": counts["seconds"] + time.perf_counter() - clock,
                   "samples": counts["samples"] + B * G * world}
+        sums.pop("pg_loss")  # it is near 0 whatever is learnt: advantages are centred
         sums |= {"mean_r": reward.mean(), "token_adv": adv.abs().mean(), "stop_max": float(interrupt.asked),
                  "frac_zero_std": (reward == reward[:, :1]).all(1).float().mean()}
         numbers = ranks.mean(sums)
         stop = numbers.pop("stop_max") > 0
         if measures or step % args.log_every == 0:
             log.write(**counts | {"step": step}, sampling_s=sampling_s, peak_mem_mb=peak_mem_mb(device),
-                      **{name: value for name, value in numbers.items() if name in COLUMNS}, **measures)
+                      **numbers, **measures)
         if rank == 0 and args.log_image_every and step % args.log_image_every == 0:
             log_picture(args, log, step, images)
         if stop:
-            save(args, policy, optimizer, counts)
+            save(args, policy, optimizer, counts, arguments)
             interrupt.leave(resume_command())
     if args.save_every:
-        save(args, policy, optimizer, counts)
+        save(args, policy, optimizer, counts, arguments)
     after = evaluate(policy, args, vq, judge, score_images) if is_digits else None
     if rank == 0:
         report(args, log, total, before, after, judge)

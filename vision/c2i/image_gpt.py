@@ -2,7 +2,7 @@
 
 LlamaGen (arXiv:2406.06525): Llama's blocks, rotary positions in two dimensions (RoPE, arXiv:2104.09864) and
 classifier-free guidance (CFG, arXiv:2207.12598). Parameter names are LlamaGen's, so its weights load.
-Slot 0 of the sequence holds the class, slot 1 + t holds code t; the logits at slot t are those of code t.
+Slot 0 of the sequence holds the class, and slot 1 + t holds code t. The logits at slot t are those of code t.
 Left out: text conditions, several class slots, training with null labels, drop path.
 Run: python -m vision.c2i_grpo
 """
@@ -15,12 +15,12 @@ from torch import nn
 
 from model import plain_attention
 from vision.c2i.sampling import check_sampling, draw, guide, guided_steps
-from vision.c2i.vq import in_range, load_official  # noqa: F401  (the one loader serves both models)
+from vision.c2i.vq import in_range
 
 
 @dataclass(frozen=True)
 class ImageGPTConfig:
-    """The dropouts are 0, as RL needs them; LlamaGen trained with 0.1 each, attn_dropout_p 0 apart."""
+    """The dropouts are 0, as RL needs them. LlamaGen trained with 0.1 each, but for attn_dropout_p 0."""
     dim: int
     n_layer: int
     n_head: int
@@ -28,7 +28,7 @@ class ImageGPTConfig:
     block_size: int                          # codes an image, a square number
     num_classes: int
     n_kv_head: int | None = None             # None: n_head
-    multiple_of: int = 256                   # the feed-forward width is rounded up to it
+    multiple_of: int = 256                   # the feed-forward width is rounded up to a multiple of it
     ffn_dim_multiplier: float | None = None
     rope_base: float = 10000
     norm_eps: float = 1e-5
@@ -59,13 +59,13 @@ class ImageGPTConfig:
 
 
 class Sizes(dict):
-    def __missing__(self, name):  # the paper's own short names
+    def __missing__(self, name):  # the paper's short names: "B" is GPT-B
         if f"GPT-{name}" not in self:
             raise KeyError(f"{name!r}: wanted one of {', '.join(self)}")
         return self[f"GPT-{name}"]
 
 
-# LlamaGen's sizes for ImageNet at 256 × 256; dataclasses.replace(…, block_size=576) makes that of 384 × 384
+# LlamaGen's sizes for ImageNet at 256 × 256. For 384 × 384, replace block_size by 576.
 IMAGE_GPTS = Sizes({f"GPT-{name}": ImageGPTConfig(dim, n_layer, n_head, 16384, 256, 1000)
                     for name, dim, n_layer, n_head in (
     ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1280, 36, 20), ("XXL", 1536, 48, 24),
@@ -76,9 +76,9 @@ IMAGE_GPTS = Sizes({f"GPT-{name}": ImageGPTConfig(dim, n_layer, n_head, 16384, 2
 def rope_table(config, device=None):
     """cos and sin of every slot's rotations, (1 + block_size, head_dim / 2, 2), always float32.
 
-    Pair k turns by the code's grid row times base^(-2k/(head_dim/2)), the second half of the pairs by its
-    column in the same way. The class slot's cos and sin are both 0, as in LlamaGen: its q and k vanish.
-    Computed for each pass, not a buffer: casting the model can't round it, nor a meta device leave it empty.
+    Pair k of the first half turns by the code's grid row times base^(-2k/(head_dim/2)), and the second half
+    by its column in the same way. The class slot's cos and sin are 0, as in LlamaGen: its q and k vanish.
+    It is computed in each pass. As a buffer it would be rounded by a cast and left empty on the meta device.
     """
     grid, half = math.isqrt(config.block_size), config.head_dim // 2
     step = torch.arange(0, half, 2, dtype=torch.float32, device=device)
@@ -89,7 +89,7 @@ def rope_table(config, device=None):
 
 
 def rotate(x, rope):
-    """x (B, T, heads, head_dim), rope (T, head_dim / 2, 2): turns each pair (2i, 2i + 1) as a number in ℂ."""
+    """Turns each pair (2i, 2i + 1) of x (B, T, heads, head_dim) by rope (T, head_dim / 2, 2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope[:, None].unbind(-1)  # (T, 1, head_dim / 2)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
@@ -98,8 +98,8 @@ def rotate(x, rope):
 class Slots:
     """What the layers of a pass share: the rotations of its slots and, when sampling, the KV cache.
 
-    One object, since FSDP2 casts the float tensors among a block's arguments: that would round the rotations
-    and fill a copy of the cache.
+    It is one object, since FSDP2 casts the float tensors among a block's arguments. That would round the
+    rotations and fill a copy of the cache.
     """
 
     def __init__(self, config, device, cached=False):
@@ -114,12 +114,12 @@ class Slots:
         """k, v (B, heads, T, head_dim) of this pass -> those of all slots so far, of the first B rows."""
         if not self.cached:
             return k, v
-        if layer not in self.kv:  # here their dtype is known, whatever autocast and FSDP do to the weights'
+        if layer not in self.kv:  # only here is the dtype known: autocast or FSDP2 may change it
             self.kv[layer] = [x.new_empty(*x.shape[:2], len(self.table), x.shape[3]) for x in (k, v)]
-        kept = [x[:len(k)] for x in self.kv[layer]]
-        for x, new in zip(kept, (k, v)):
+        cache = [x[:len(k)] for x in self.kv[layer]]
+        for x, new in zip(cache, (k, v)):
             x[:, :, self.start:self.stop] = new
-        return [x[:, :, :self.stop] for x in kept]
+        return [x[:, :, :self.stop] for x in cache]
 
     def repeat(self, n):
         self.kv = {layer: [x.repeat_interleave(n, 0) for x in pair] for layer, pair in self.kv.items()}
@@ -185,9 +185,9 @@ class Block(nn.Module):
 
 
 class ImageGPT(nn.Module):
-    """Every pass goes through `forward`, so the hooks of FSDP2 and DDP see it."""
-    wrapping = ("model", "module", "state_dict")  # where LlamaGen's files keep the weights, first found first
-    tolerated = ("freqs_cis", "kv_cache")         # what exports and official sampling leave in them
+    """Every pass goes through `forward`, since FSDP2 and DDP have their hooks there."""
+    wrapping = ("model", "module", "state_dict")  # names of the weights in LlamaGen's files, tried in order
+    tolerated = ("freqs_cis", "kv_cache")         # exports and official sampling leave such keys in them
 
     def __init__(self, config):
         super().__init__()
@@ -201,13 +201,13 @@ class ImageGPT(nn.Module):
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
-        nn.init.zeros_(self.output.weight)  # a fresh model takes all codes to be equally likely
+        nn.init.zeros_(self.output.weight)  # all codes are equally likely at first
 
     def forward(self, codes, labels, slots=None):
         """codes (B, T), labels (B,) -> float32 logits (B, T + 1, V), those at t of code t; T: 0 … block_size.
 
-        Label num_classes is the null class. slots: of a sampling pass; once they hold the class, `labels` is
-        not read and the result is (B, T, V).
+        The label num_classes is the null class. Sampling passes its slots. When they hold the class already,
+        `labels` is not read and the result is (B, T, V). ValueError on shapes; on a CPU also on ids.
         """
         c = self.config
         slots = Slots(c, codes.device) if slots is None else slots
@@ -233,18 +233,17 @@ class ImageGPT(nn.Module):
                top_p=1.0):
         """G images for each of B labels: codes (B·G, T) int32, logp (B·G, T), kept (B·G, T, V) bool or None.
 
-        T = block_size. The images of a label stand side by side; its slot is prefilled once for all of them.
-        Order: guidance, temperature, top_k, top_p; kept is None where all codes are.
+        T = block_size. The images of a label stand side by side, and its slot is prefilled once for all.
+        The order is guidance, temperature, top_k, top_p. kept is None where all codes may be drawn.
         Draws are inverse-CDF on uniforms (B·G, T). logp is that of the distribution sampled from, so `score`
-        with the same settings and `kept` gives it again. Dropout follows the module's mode.
-        ValueError on a setting or a label out of range.
+        with the same settings and `kept` gives it again. ValueError on a setting or a label out of range.
         """
         c, device, N = self.config, labels.device, len(labels) * group_size
         check_sampling(cfg_scale, temperature, top_k, top_p)
         in_range("labels", labels, c.num_classes)
         n_guided = guided_steps(c.block_size, cfg_scale, cfg_interval)
         codes = torch.zeros(N, c.block_size, dtype=torch.int32, device=device)
-        found = []
+        draws = []
         slots = Slots(c, device, cached=True)
         rows = torch.cat([labels, torch.full_like(labels, c.num_classes)]) if n_guided else labels
         logits = self(codes.new_zeros(len(rows), 0), rows, slots).repeat_interleave(group_size, 0)
@@ -255,14 +254,14 @@ class ImageGPT(nn.Module):
                 logits = self(torch.cat([last, last]) if t < n_guided else last, None, slots)
             if t < n_guided:
                 logits = guide(*logits.chunk(2), cfg_scale)
-            found.append(draw(logits[:, 0], uniforms[:, t].to(device), temperature, top_k, top_p))
-            codes[:, t] = found[t][0]
-        _, logp, kept = zip(*found)
+            draws.append(draw(logits[:, 0], uniforms[:, t].to(device), temperature, top_k, top_p))
+            codes[:, t] = draws[t][0]
+        _, logp, kept = zip(*draws)
         return codes, torch.stack(logp, 1), None if kept[0] is None else torch.stack(kept, 1)
 
     def generate(self, labels, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
                  generator=None):
-        """An image for each label: (B,) -> codes (B, block_size), int32. See `sample`; top_k=1 is greedy."""
-        where = "cpu" if generator is None else generator.device
-        uniforms = torch.rand(len(labels), self.config.block_size, generator=generator, device=where)
+        """An image for each label: (B,) -> codes (B, block_size), int32. As `sample`; top_k=1 is greedy."""
+        device = "cpu" if generator is None else generator.device
+        uniforms = torch.rand(len(labels), self.config.block_size, generator=generator, device=device)
         return self.sample(labels, uniforms, 1, cfg_scale, cfg_interval, temperature, top_k, top_p)[0]

@@ -42,6 +42,18 @@ def roll_out(model, args, labels, uniforms, truth=None):
     return Rollout(labels, truth, codes, logp, kept)
 
 
+def true_answers(args, vq, x):
+    """Teacher forcing's true codes (B, T) and images (B·G, 3, H, W) in 0 … 1; in free sampling None twice.
+
+    A file of codes holds no image, so the tokenizer's own image of its codes stands for it.
+    """
+    if args.sampling == "autoregressive":
+        return None, None
+    codes = x if args.code_path else vq.encode(x).flatten(1)
+    images = decode(vq, codes) if args.code_path else (x + 1) / 2
+    return codes, images.repeat_interleave(args.group_size, 0)
+
+
 def score_part(model, args, rollout, part):
     """Log-probability and entropy (b, G, T) of the classes `part`, on the support that was sampled from."""
     G, codes = args.group_size, rollout.codes[part]

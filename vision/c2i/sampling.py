@@ -1,8 +1,8 @@
 """From an image GPT's logits to codes and their log-probabilities: the one path of sampling and scoring.
 
-Classifier-free guidance (CFG, arXiv:2207.12598), then temperature, top-k, top-p, in the order and with the
-boundary cases of LlamaGen (arXiv:2406.06525). All of it is the policy: what is sampled is what is scored.
-With top-k or top-p on, the sampler hands out the kept set, and all policies are scored on this one support.
+The order is LlamaGen's (arXiv:2406.06525): classifier-free guidance (CFG, arXiv:2207.12598), temperature,
+top-k, top-p. All of them belong to the policy, so scoring applies what sampling applied. With top-k or top-p
+the sampler returns the kept set. Every policy is scored on this one support, else a ratio could be infinite.
 Left out: samplers whose probabilities have no closed form, such as beam search.
 """
 import math
@@ -13,7 +13,7 @@ from model import inverse_cdf
 
 
 def check_sampling(cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
-    """ValueError on what no distribution belongs to."""
+    """ValueError on settings that define no distribution."""
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p}: wanted a share in (0, 1]")
     for name, value in (("cfg_scale", cfg_scale), ("temperature", temperature), ("top_k", top_k)):
@@ -22,9 +22,9 @@ def check_sampling(cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def guided_steps(T, cfg_scale, cfg_interval):
-    """How many of T codes guidance bears on, from the first: the prefill's, decode steps 0 … cfg_interval.
+    """How many of T codes are guided: the prefill's first one and those of decode steps 0 … cfg_interval.
 
-    cfg_interval < 0: all. cfg_scale <= 1: none, as in LlamaGen.
+    A negative cfg_interval means all, and cfg_scale <= 1 means none, as in LlamaGen.
     """
     if cfg_scale <= 1:
         return 0
@@ -39,14 +39,15 @@ def guide(cond, uncond, cfg_scale):
 def guided_logits(model, codes, labels, cfg_scale=1.0, cfg_interval=-1):
     """codes (B, T), labels (B,) -> logits (B, T + 1, V) that sampling follows, before the temperature.
 
-    model: an ImageGPT, or DDP around one. One call of it, with class and null rows side by side.
+    model: an ImageGPT, or DDP around one, which wants one forward pass: the null class's rows are in it too.
     """
-    n = guided_steps(codes.shape[1] + 1, cfg_scale, cfg_interval)
-    if not n:
+    n_guided = guided_steps(codes.shape[1] + 1, cfg_scale, cfg_interval)
+    if not n_guided:
         return model(codes, labels)
     null = torch.full_like(labels, getattr(model, "module", model).config.num_classes)
     cond, uncond = model(torch.cat([codes, codes]), torch.cat([labels, null])).chunk(2)
-    return torch.cat([guide(cond[:, :n], uncond[:, :n], cfg_scale), cond[:, n:]], dim=1)
+    guided = guide(cond[:, :n_guided], uncond[:, :n_guided], cfg_scale)
+    return torch.cat([guided, cond[:, n_guided:]], dim=1)
 
 
 def kept_set(logits, top_k=0, top_p=1.0):
@@ -69,23 +70,36 @@ def kept_set(logits, top_k=0, top_p=1.0):
 def log_probs(logits, temperature=1.0, kept=None):
     """Log-softmax over the kept codes, (..., V) -> (..., V); temperature at least 1e-5, as in LlamaGen."""
     logits = logits / max(temperature, 1e-5)
-    return (logits if kept is None else logits.masked_fill(~kept, -torch.inf)).log_softmax(-1)
+    if kept is not None:
+        logits = logits.masked_fill(~kept, -torch.inf)
+    return logits.log_softmax(-1)
 
 
 def draw(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
-    """logits (..., V), uniforms (...) -> codes and their logp (...), kept (..., V) or None."""
+    """Inverse-CDF draws: logits (..., V), uniforms (...) -> codes and logp (...), kept (..., V) or None."""
     kept = kept_set(logits / max(temperature, 1e-5), top_k, top_p) if top_k or top_p < 1 else None
     dist = log_probs(logits, temperature, kept)
     action = inverse_cdf(dist.flatten(0, -2), uniforms.flatten()).view(uniforms.shape)
     return action, dist.gather(-1, action[..., None])[..., 0], kept
 
 
+@torch.no_grad()
+def sample_forced(model, truth, labels, uniforms, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
+    """G codes at every place of an image, each given the true codes before it (teacher forcing).
+
+    truth (B, T), labels (B,), uniforms (B, G, T) -> codes, logp (B·G, T), kept (B·G, T, V) or None.
+    """
+    logits = guided_logits(model, truth[:, :-1], labels, cfg_scale)  # (B, T, V)
+    logits = logits.repeat_interleave(uniforms.shape[1], 0)  # (B·G, T, V)
+    return draw(logits, uniforms.flatten(0, 1), temperature, top_k, top_p)
+
+
 def score(model, codes, labels, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, kept=None, context=None):
     """Log-probability of each code and the entropy at it: codes (B, T), labels (B,) -> two float32 (B, T).
 
     kept (B, T, V): what `sample` or `draw` returned; every policy is scored on this one support.
-    context: the codes (B, T) that the model reads, where they aren't those scored (teacher forcing).
-    The entropy is that of the distribution scored and carries no gradient. model: as for guided_logits.
+    context (B, T): the codes that the model reads, where these are not the scored ones (teacher forcing).
+    The entropy is that of the scored distribution and carries no gradient. model: as for guided_logits.
     """
     context = codes if context is None else context
     logits = guided_logits(model, context[:, :-1], labels, cfg_scale, cfg_interval)

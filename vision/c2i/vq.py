@@ -1,9 +1,9 @@
-"""VQ-16 and VQ-8: images to a grid of codebook indices and back; also the loader of LlamaGen's files.
+"""VQ-16 and VQ-8 turn images into a grid of codebook indices and back; also the loader of LlamaGen's files.
 
 LlamaGen (arXiv:2406.06525, section 3.1), after VQGAN (arXiv:2012.09841): a convolutional encoder, the nearest
 of a codebook of unit vectors, a convolutional decoder. Parameter names are LlamaGen's, so its weights load.
-Left out: the perceptual and adversarial losses (`loss` is enough for digits, not for photographs), the
-codebook's entropy loss (its weight is 0 in LlamaGen); `codebook_used` is read but not kept up to date.
+Left out: the perceptual and adversarial losses (`loss` suffices for digits, not for photographs), and the
+codebook's entropy loss (its weight is 0 in LlamaGen). `codebook_used` is read but not kept up to date.
 Run: python -m vision.c2i_grpo
 """
 import argparse
@@ -21,8 +21,8 @@ from utils.cli import die
 
 @dataclass(frozen=True)
 class VQConfig:
-    """A level halves the grid but for the last one: five give VQ-16, four VQ-8, two suit digits."""
-    ch: int = 128                                # channels of level l: ch · ch_mult[l]
+    """Every level but the last one halves the grid: VQ-16 has five levels, VQ-8 four, that of digits two."""
+    ch: int = 128                                # level l has ch · ch_mult[l] channels
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     z_channels: int = 256
     codebook_size: int = 16384
@@ -36,7 +36,7 @@ class VQConfig:
 VQS = {"VQ-16": VQConfig(), "VQ-8": VQConfig(ch_mult=(1, 2, 2, 4))}
 
 
-# ---- layers: (B, C, H, W) -> (B, C', H', W'); the keywords of `chain` are names in LlamaGen's files ----
+# ---- layers: (B, C, H, W) -> (B, C', H', W'). The keywords of `chain` are names in LlamaGen's files. ----
 def chain(**parts):
     return nn.Sequential(OrderedDict(parts))
 
@@ -46,7 +46,7 @@ def conv3(c_in, c_out):
 
 
 def group_norm(channels):
-    """32 groups; where these don't divide a small model's channels, the largest power of two that does."""
+    """32 groups, or the largest power of two that divides a small model's channels."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
@@ -63,7 +63,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all H·W places: x + proj_out(softmax(q·kᵀ/√C)·v)."""
+    """Attention of one head over all H·W places: x + proj_out(softmax(q·kᵀ/√C)·v)."""
 
     def __init__(self, c):
         super().__init__()
@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 def downsample(c):
-    return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))  # pads right and bottom
+    return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))  # right and bottom
 
 
 def upsample(c):
@@ -86,7 +86,7 @@ def upsample(c):
 
 
 class Level(nn.Module):
-    """n_res residual blocks, each followed by attention if wanted; then the grid's size may change."""
+    """n_res residual blocks, attention behind each where it is wanted; then the grid's size may change."""
 
     def __init__(self, c_in, c_out, n_res, attention, down=False, up=False):
         super().__init__()
@@ -132,16 +132,16 @@ def decoder(config):
 
 # ---- the codebook ----
 class Codebook(nn.Module):
-    """Unit vectors, normalised whenever they are read, and the nearest of them to a unit vector z."""
+    """Unit vectors, normalised whenever they are read."""
 
     def __init__(self, config):
         super().__init__()
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
         nn.init.uniform_(self.embedding.weight, -1 / config.codebook_size, 1 / config.codebook_size)
-        self.register_buffer("codebook_used", torch.zeros(65536))  # stands in LlamaGen's files
+        self.register_buffer("codebook_used", torch.zeros(65536))  # LlamaGen's files have it
 
     def nearest(self, z):
-        """argmin_k |z - e_k|² = argmin |z|² + |e_k|² - 2 z·e_k: z (B, h, w, D) -> (B, h, w)."""
+        """argmin_k |z - e_k|², as |z|² + |e_k|² - 2 z·e_k: z (B, h, w, D) -> (B, h, w)."""
         e = F.normalize(self.embedding.weight, dim=-1)
         rows = z.flatten(0, -2)
         distance = rows.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * rows @ e.T  # (B·h·w, K)
@@ -153,8 +153,8 @@ class Codebook(nn.Module):
 
 
 class VQModel(nn.Module):
-    """The tokenizer; images are float, mean and std 0.5 taken off: -1 … 1."""
-    wrapping = ("ema", "model", "state_dict")  # where LlamaGen's files keep the weights, first found first
+    """The tokenizer. Images are float in -1 … 1: mean and std 0.5 are taken off."""
+    wrapping = ("ema", "model", "state_dict")  # names of the weights in LlamaGen's files, tried in this order
     tolerated = ()
 
     def __init__(self, config):
@@ -165,7 +165,7 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
     def embed(self, images):
-        """images (B, 3, H, W) -> unit vectors (B, h, w, D), before they meet the codebook."""
+        """images (B, 3, H, W) -> unit vectors (B, h, w, D), before the codebook."""
         step = self.config.downsample
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % step or images.shape[3] % step:
             raise ValueError(f"images have shape {tuple(images.shape)}, not (B, 3, H, W) with H and W "
@@ -189,9 +189,9 @@ class VQModel(nn.Module):
         return self.decoder(self.post_quant_conv(z.permute(0, 3, 1, 2)))
 
     def loss(self, images, beta=0.25):
-        """|x̂ - x|² + |sg(z) - q|² + β·|z - sg(q)|², means: VQGAN's eq. 4 without its perceptual part.
+        """mean |x̂ - x|² + mean |sg(z) - q|² + β · mean |z - sg(q)|²: VQGAN's eq. 4, no perceptual part.
 
-        images (B, 3, H, W) -> scalar. Straight-through: x̂ = decode(z + sg(q - z)), so the encoder gets the
+        images (B, 3, H, W) -> scalar. x̂ = decode(z + sg(q - z)) is straight-through: the encoder gets the
         decoder's gradient at q.
         """
         z = self.embed(images)  # (B, h, w, D)
@@ -203,20 +203,19 @@ class VQModel(nn.Module):
 
 
 def in_range(name, ids, n):
-    """Refuses an id that isn't in 0 … n - 1; costs a wait for the device, so not for each pass on a GPU."""
+    """ValueError on an id that isn't in 0 … n - 1. It waits for a GPU, so a pass there goes without."""
     if ids.numel() and not 0 <= ids.min() <= ids.max() < n:
-        odd = ids[(ids < 0) | (ids >= n)][0].item()
-        raise ValueError(f"{name} hold {odd}: wanted whole numbers from 0 to {n - 1}")
+        bad = ids[(ids < 0) | (ids >= n)][0].item()
+        raise ValueError(f"{name} hold {bad}: wanted whole numbers from 0 to {n - 1}")
 
 
 # ---- LlamaGen's files ----
 def load_official(model, path):
-    """Fills an ImageGPT or a VQModel from a file of LlamaGen's, or a folder's consolidated.pth; returns it.
+    """Fills an ImageGPT or a VQModel from a file of LlamaGen's, or a folder's consolidated.pth -> the model.
 
-    The weights may lie bare or under a name of model.wrapping; beside them an argparse.Namespace is let
-    through and thrown away. One line and exit code 2 where the file can't be read or a key is missing, too
-    many or of another shape; keys with a part in model.tolerated are left out. A model on the meta device
-    takes the file's tensors and their dtype; others keep their own.
+    The weights may lie bare or under a name of model.wrapping. An argparse.Namespace beside them is read and
+    dropped, and so are keys with a part in model.tolerated. A model on the meta device takes the file's
+    tensors and their dtype. A file that can't be read, or a key that doesn't fit: one line, exit code 2.
     """
     path = Path(path)
     path = path / "consolidated.pth" if path.is_dir() else path
@@ -224,21 +223,22 @@ def load_official(model, path):
         die(f"no checkpoint at {path}: wanted a file of LlamaGen's, or a folder with consolidated.pth")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
         die(f"{path} can't be read as a checkpoint ({type(error).__name__}): empty, truncated, or it pickles "
             "more than tensors, plain values and argparse.Namespace (torch.save its state dict alone).")
-    found = found if isinstance(found, dict) else {type(found).__name__: found}
-    found = next((found[name] for name in model.wrapping if isinstance(found.get(name), dict)), found)
-    if not all(isinstance(w, torch.Tensor) for w in found.values()):
-        die(f"{path} holds no state dict (found {', '.join(map(str, list(found)[:5]))}): wanted it bare or "
+    content = content if isinstance(content, dict) else {type(content).__name__: content}
+    wrapped = [content[name] for name in model.wrapping if isinstance(content.get(name), dict)]
+    weights = wrapped[0] if wrapped else content
+    if not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        die(f"{path} holds no state dict (found {', '.join(map(str, list(weights)[:5]))}): wanted it bare or "
             f"under {', '.join(model.wrapping)}")
-    found = {k: w for k, w in found.items() if not set(model.tolerated) & set(str(k).split("."))}
-    want, have = ({k: tuple(w.shape) for k, w in part.items()} for part in (model.state_dict(), found))
-    lost = [f"lacks {k} {shape}" for k, shape in want.items() if have.get(k) != shape]
-    extra = [f"also has {k} {shape}" for k, shape in have.items() if want.get(k) != shape]
-    if lost or extra:
-        die(f"{path} doesn't fit this {type(model).__name__}: it {'; '.join(lost[:2] + extra[:2])} "
-            f"(in all {len(lost)} lost, {len(extra)} too many). Is it of another size?")
-    model.load_state_dict(found, assign=next(model.parameters()).is_meta)
+    weights = {k: w for k, w in weights.items() if not set(model.tolerated) & set(str(k).split("."))}
+    want, have = ({k: tuple(w.shape) for k, w in part.items()} for part in (model.state_dict(), weights))
+    missing = [f"lacks {k} {shape}" for k, shape in want.items() if have.get(k) != shape]
+    unknown = [f"also has {k} {shape}" for k, shape in have.items() if want.get(k) != shape]
+    if missing or unknown:
+        die(f"{path} doesn't fit this {type(model).__name__}: it {'; '.join(missing[:2] + unknown[:2])} "
+            f"(in all {len(missing)} lost, {len(unknown)} too many). Is it of another size?")
+    model.load_state_dict(weights, assign=next(model.parameters()).is_meta)
     return model
