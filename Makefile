@@ -1,8 +1,9 @@
-# `make demo` and `make test` do everything, set-up included; `make check` is the fast part of the tests.
+# `make demo` and `make test` do everything, set-up included; `make check` is the fast part of the tests;
+# `make docs` builds the pages of docs/ and the README into site/.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 .venv/base: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
@@ -11,6 +12,10 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c con
 
 .venv/dev: .venv/base pyproject.toml
 	$(PIP) -e '.[dev]'
+	touch $@
+
+.venv/docs: .venv/base pyproject.toml
+	$(PIP) -e '.[docs]'
 	touch $@
 
 demo: .venv/base
@@ -22,5 +27,8 @@ test: .venv/dev
 check: .venv/dev
 	.venv/bin/python -m pytest -n auto --maxprocesses 4
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict  # a notice about its successor
+
 clean:
-	rm -rf .venv logs out
+	rm -rf .venv logs out site

@@ -4,7 +4,7 @@ Pure functions on tensors: B prompts, G answers to each, T actions (tokens) an a
 Left out: sampling and optimizers (train_grpo.py), and the value network that GRPO does without (ppo.py).
 Run: python train_grpo.py --objective grpo
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -63,6 +63,20 @@ OBJECTIVES = {
     "cispo": Objective(surrogate="cispo", reduce="token", eps_high=5.0),  # arXiv:2506.13585, 2510.13786
     "sapo": Objective(surrogate="sapo"),  # arXiv:2511.20347
 }
+
+
+def pick_objective(name, beta=None, group_size=2, updates=1):
+    """The table's row with another β (None: its own) -> Objective.
+
+    ValueError where groups of this size, or so many updates a rollout, don't go with it.
+    """
+    objective = OBJECTIVES[name] if beta is None else replace(OBJECTIVES[name], beta=beta)
+    if group_size < 2 and objective.baseline != "none":
+        raise ValueError(f"--group_size {group_size}: {name} compares a prompt's answers, wanted at least 2")
+    if objective.ratio == "none" and updates > 1:
+        raise ValueError(f"--objective {name} has no ratio: {updates} updates a rollout would be off-policy, "
+                         "wanted 1 epoch and 1 minibatch")
+    return objective
 
 
 def group_advantage(reward, baseline="mean", scale="group", eps=1e-4):
@@ -140,10 +154,16 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_to
     denominator = {"answer": n_answers, "token": n_tokens, "length": n_answers * max_len, "sum": n_answers}
     loss = (loss / length if o.reduce == "answer" else loss).sum() / denominator[o.reduce]
 
-    def mean(x):
-        return x.detach().masked_fill(~mask, 0.0).sum() / tokens
-    return loss, {"kl": mean(kl_penalty(logp, logp_ref, "k3")), "clip_frac": mean(clipped.to(logp.dtype)),
-                  "ratio_max": ratio.detach().masked_fill(~mask, 0.0).max(), "pg_loss": mean(pg)}
+    kl_raw, clip_frac = kl_penalty(logp, logp_ref, "k3").detach(), clipped.to(logp.dtype)
+    return loss, {"kl": masked_mean(kl_raw, mask), "clip_frac": masked_mean(clip_frac, mask),
+                  "pg_loss": masked_mean(pg.detach(), mask),
+                  "ratio_max": ratio.detach().masked_fill(~mask, 0.0).max()}
+
+
+def masked_mean(x, mask):
+    """Mean over real tokens, a scalar; 0 where there is none. What is masked may be NaN."""
+    mask = mask.bool()
+    return torch.where(mask, x, torch.zeros_like(x)).sum() / mask.sum().clamp(min=1)
 
 
 def promote(x):  # float64 stays, all else becomes float32: bfloat16 can't hold a ratio of 1.001

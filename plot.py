@@ -2,49 +2,14 @@
 
 Files NAME-s0.csv, NAME-s1.csv … are the seeds of one run. Empty cells were not measured: they are skipped.
 Without --output a window opens where there is a display; elsewhere a PNG lands beside the first CSV.
-Left out: logarithmic axes, live updates.
 Run: python plot.py --metric mean_r logs/grpo.csv logs/ppo.csv
 """
-import re
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import tyro
 
-from utils.cli import at_least, atomic_write, die, parse
-
-GRID = ["mean_r", "gold", "kl", "entropy", "loss", "length"]  # the overview of --grid
-
-LABELS = {  # what a column is and its unit; a column that isn't here is labelled with its own name
-    "seconds": "time (s)", "samples": "answers sampled", "mean_r": "mean reward (score)",
-    "kl": "KL to π₀ (nats / token)", "entropy": "entropy (nats / token)", "token_adv": "mean |advantage|",
-    "gold": "gold judge (score)", "eval_r": "held-out mean reward (score)",
-    "length": "answer length (tokens)", "distinct": "distinct words (share)",
-    "ref_logp": "log π₀ of answers (nats / token)", "clip_frac": "clipped tokens (share)",
-    "frac_zero_std": "groups of equal rewards (share)", "grad_norm": "gradient norm",
-    "tokens_per_s": "tokens / s", "peak_mem_mb": "peak memory (MB)",
-    "loss_char": "loss (nats / character)", "held_out_char": "held-out loss (nats / character)",
-    "accuracy": "accuracy (share)", "judge_accuracy": "agreement with the judge (share)",
-    "top1": "top-1, held out (share)", "top5": "top-5, held out (share)",
-    "diversity": "diversity within a class", "frechet": "Fréchet distance",
-    "eval_kl": "KL to π₀, held out (nats)", "entropy_norm": "entropy / log(classes)",
-}
-
-# Okabe and Ito's colours: colour-blind readers tell them apart (their yellow is too faint on white). No two
-# of 35 runs share colour and dash, and in grey the dashes and markers still differ.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2.5)))
-MARKERS = "osD^vX"
-
-STYLE = {
-    "font.size": 9.5, "axes.labelsize": 9.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E4E4E4", "axes.formatter.useoffset": False,
-    "legend.frameon": False, "legend.handlelength": 3.4,
-}
+from utils.cli import at_least, die, parse
+from utils.figure import GRID, plot_panels
 
 
 @dataclass
@@ -56,155 +21,6 @@ class Args:
     grid: bool = False  # instead of --metric: reward, gold score, KL, entropy, loss, length
     output: str = ""  # where to write the figure: .png, .pdf or .svg
     dpi: int = 150  # dots per inch of a PNG
-
-
-# ---- CSV -> runs ----
-def read_runs(files):
-    """Reads logs and groups the seeds of a run: list of paths -> {name: [DataFrame, one a seed]}.
-
-    Runs whose files differ only in folder or in -sN have longer names: a/grpo-s* and b/grpo-s*. Leaves with a
-    message (exit code 2) where a file is missing, empty or no CSV of numbers; a frame's .attrs hold its path.
-    """
-    groups = {}
-    for path in {Path(file).resolve(): Path(file) for file in files}.values():  # given twice is one seed
-        run = re.sub(r"-s\d+$", "-s*", path.with_suffix("").as_posix())
-        groups.setdefault(run, []).append(read_csv(path))
-    names = [Path(run).name.removesuffix("-s*") for run in groups]
-    return {name if names.count(name) == 1 else run: groups[run] for name, run in zip(names, groups)}
-
-
-def read_csv(path):
-    """A log's columns as floats, NaN where nothing was measured (an empty cell, inf)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose data
-            frame = pd.read_csv(path, index_col=False, compression=None, skipinitialspace=True)
-    except OSError as error:
-        die(f"can't read {path}: {error.strerror or error}")
-    except (ValueError, pd.errors.ParserWarning):  # an empty file, bytes that aren't text, ragged rows
-        frame = pd.DataFrame()
-    read, frame = frame, frame.apply(pd.to_numeric, errors="coerce").astype(float)
-    words = {name: read[name][frame[name].isna() & read[name].notna()].astype(str).tolist() for name in read}
-    frame = frame.replace([np.inf, -np.inf], np.nan)
-    if not frame.notna().any(axis=None):
-        die(f"{path} holds no table of numbers: wanted a line of column names, then a line for each step")
-    frame.attrs = {"path": str(path), "words": words}
-    return frame
-
-
-# ---- runs -> curves ----
-def curve(frame, metric, x="step", smooth=1):
-    """One seed's line, y as a function of x: two arrays, x rising, without the cells that weren't measured.
-
-    The average is over the last `smooth` measured values (fewer at the start), so it never looks ahead. Where
-    x itself goes up and down (KL) it is averaged alike, so that the two stay a pair; the points are then
-    sorted by x, and those of equal x become their mean.
-    """
-    for name in (x, metric):
-        if name not in frame:
-            die(f"{frame.attrs['path']} has no column {name!r}; it has: {', '.join(frame)}")
-        for word in frame.attrs.get("words", {}).get(name, [])[:1]:
-            die(f"{frame.attrs['path']}: column {name!r} holds {word[:40]!r}, which is no number")
-    both = pd.DataFrame({"x": frame[x], "y": frame[metric]}).dropna()
-    if both.empty:
-        die(f"{frame.attrs['path']}: column {metric!r} has no measured value (against {x!r})")
-    averaged = both.rolling(smooth, min_periods=1).mean() if smooth > 1 else both
-    xs = both.x if both.x.is_monotonic_increasing else averaged.x
-    line = averaged.y.groupby(xs.to_numpy()).mean()
-    return line.index.to_numpy(), line.to_numpy()
-
-
-def band(curves):
-    """Mean and unbiased std over seeds at every x of any of them, within the range that all of them reach.
-
-    A seed without a value at such an x is interpolated linearly; with equal steps nothing is. -> x, mean, std
-    """
-    low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
-    grid = np.unique(np.concatenate([xs for xs, _ in curves]))
-    grid = grid[(grid >= low) & (grid <= high)]
-    values = np.array([np.interp(grid, xs, ys) for xs, ys in curves])  # (seeds, points)
-    return grid, values.mean(0), values.std(0, ddof=1)
-
-
-def collect(runs, metrics, x="step", smooth=1, optional=False):
-    """-> {metric: {run: its seeds' curves}}; optional: without what a run's seeds didn't all measure."""
-    found = {}
-    for metric in metrics:
-        for name, frames in runs.items():
-            if not optional or all(metric in frame and frame[metric].notna().any() for frame in frames):
-                curves = [curve(frame, metric, x, smooth) for frame in frames]
-                found.setdefault(metric, {})[name] = curves
-    if not found:
-        die(f"none of {', '.join(metrics)} has numbers in every seed of {' or of '.join(runs)}")
-    return found
-
-
-# ---- curves -> figure ----
-def draw(fig, runs, found, x="step", note=""):
-    """Draws what `collect` found: a panel a metric, one legend above them, one label of x below."""
-    from matplotlib.lines import Line2D
-    styles = {name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 5], "marker": MARKERS[i % 6]}
-              for i, name in enumerate(runs)}
-    names = [f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name
-             for name, frames in runs.items()]
-    columns = 2 if len(found) == 4 else min(len(found), 3)
-    rows = -(-len(found) // columns)
-    width, height = (6.4, 3.66) if len(found) == 1 else (3.5 * columns, 2.5 * rows + 0.36)
-    fit = max(1, min(len(names), int(width * 13 / (max(map(len, names)) + 9))))  # 13 letters an inch
-    fig.set_size_inches(width, height + 0.24 * -(-len(names) // fit))
-    fig.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
-    fig.legend([Line2D([], [], markersize=4, **style) for style in styles.values()], names, ncols=fit,
-               loc="outside upper left", borderaxespad=0.2, borderpad=0.2)
-    for i, (metric, drawn) in enumerate(found.items()):
-        ax = fig.add_subplot(rows, columns, i + 1, ylabel=LABELS.get(metric, metric))
-        for name, curves in drawn.items():
-            draw_run(ax, curves, styles[name], list(runs).index(name) / len(runs))
-        if x in ("step", "samples", "tokens"):
-            ax.locator_params(axis="x", nbins=7, integer=True)
-    fig.supxlabel(LABELS.get(x, x) + note, fontsize=STYLE["axes.labelsize"])
-
-
-def draw_run(ax, curves, style, shift):
-    """The run's line and band; seeds that go further than the others do so as thin lines: none is cut."""
-    xs, ys = curves[0]
-    if len(curves) > 1:
-        xs, ys, std = band(curves)
-        ax.fill_between(xs, ys - std, ys + std, color=style["color"], alpha=0.18, linewidth=0, zorder=1.5)
-        for seed_x, seed_y in curves:  # without a shared range xs is empty, and all of a seed lies outside
-            outside = (seed_x <= xs.min(initial=np.inf)) | (seed_x >= xs.max(initial=-np.inf))
-            ax.plot(seed_x, np.where(outside, seed_y, np.nan), color=style["color"], linewidth=0.8, alpha=0.6)
-    marks = None
-    if len(xs) > 16:  # eight markers at equal distances in x, those of two runs apart
-        places = xs[0] + (xs[-1] - xs[0]) / 8 * (np.arange(8) + shift)
-        marks = np.unique(np.searchsorted(xs, places).clip(max=len(xs) - 1)).tolist()
-    ax.plot(xs, ys, **style, linewidth=1.8, markersize=4, markevery=marks, zorder=2.5)
-
-
-# ---- figure -> file or window ----
-def plot_panels(files, metrics, output=None, x="step", smooth=1, dpi=150, optional=False):
-    """Draws a panel a metric; a file is written whole or not at all: -> its path, or None after a window."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    if not files:
-        die("no CSV given: python plot.py --metric mean_r logs/grpo.csv logs/ppo.csv")
-    name = "_".join([Path(files[0]).stem, *(["overview"] if optional else metrics)])
-    path = Path(output or Path(files[0]).with_name(re.sub(r"[^\w.-]+", "-", name) + ".png"))
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        die(f"--output {output}: the name must end in one of .png, .pdf, .svg")
-    runs = read_runs(files)
-    found = collect(runs, metrics, x, smooth, optional)
-    with matplotlib.rc_context(STYLE):
-        if output:
-            fig = Figure()  # pyplot picks a backend for the whole process: only for a window
-        else:
-            import matplotlib.pyplot as plt
-            fig = plt.figure()
-        draw(fig, runs, found, x, f" · moving average of {smooth}" if smooth > 1 else "")
-        if not output and fig.canvas.required_interactive_framework:
-            plt.show()
-            return None
-        atomic_write(path, lambda file: fig.savefig(file, format=path.suffix[1:].lower(), dpi=dpi))
-    return path
 
 
 def main(args):

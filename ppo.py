@@ -1,85 +1,82 @@
 """PPO, Proximal Policy Optimization (arXiv:1707.06347): a value network where GRPO has a group mean.
 
-Pure functions on (N, T) tensors, N answers of up to T tokens, and the critic. An answer ends at its last real
-token, whether it stopped or was cut by max_new: no value behind it is counted (no bootstrap). The per-token
-KL in the reward, the shuffled minibatches and both optimizers are in train_ppo.py.
-Left out: a trunk shared by policy and critic, adaptive KL, early stopping on KL.
+Pure functions on (N, T) tensors, N answers of up to T tokens, and the critic. More axes in front, as in
+(B, G, T), work too. An answer ends at its last real token, even if max_new cut it: no bootstrap.
+Left out: a trunk shared with the policy, adaptive KL.
 Run: python train_ppo.py
 """
 import torch
 import torch.nn as nn
 
-from grpo import promote
+from grpo import kl_penalty, masked_mean, promote
 from model import GPT
 
+VALUE_COLUMNS = ["explained_variance", "value_loss", "value_clip_frac"]
 
 def check(**tensors):
     """Asserts that all are (N, T) of one shape and that none but the first carries a gradient."""
     (first, x0), *rest = tensors.items()
-    assert x0.dim() == 2, f"{first} has shape {tuple(x0.shape)}, wanted (N, T)"
+    want = tuple(x0.shape)
+    assert x0.dim() >= 2, f"{first} has shape {want}, wanted (N, T)"
     for name, x in rest:
-        assert x.shape == x0.shape, (f"{name} has shape {tuple(x.shape)}, "
-                                     f"wanted {tuple(x0.shape)} like {first}")
-        assert not x.requires_grad, f"{name} {tuple(x.shape)} carries a gradient: detach it"
-
-
-def masked_mean(x, mask):
-    """Mean over real tokens, a scalar; 0 where there is none. `where`, since what is masked may be NaN."""
-    mask = mask.bool()
-    return torch.where(mask, x, torch.zeros_like(x)).sum() / mask.sum().clamp(min=1)
+        assert x.shape == x0.shape, f"{name} has shape {tuple(x.shape)}, wanted {want} like {first}"
+        assert not x.requires_grad, f"{name} {want} carries a gradient: detach it"
 
 
 def whiten(x, mask, eps=1e-8):
     """(x - mean) / std over the real tokens of the batch, (N, T) -> (N, T), 0 at masked ones."""
-    mean = masked_mean(x, mask)
-    var = masked_mean((x - mean).square(), mask)
-    return torch.where(mask.bool(), (x - mean) * torch.rsqrt(var + eps), torch.zeros_like(x))
+    x = x - masked_mean(x, mask)
+    return torch.where(mask.bool(), x * torch.rsqrt(masked_mean(x.square(), mask) + eps), torch.zeros_like(x))
+
+
+def token_reward(reward, logp, logp_ref, mask, beta):
+    """What each token earns: -β·(logp - logp_ref), and on its last real token the answer's reward.
+
+    reward (N,), the others (N, T) -> (N, T). InstructGPT, arXiv:2203.02155, eq. 2.
+    """
+    last = mask.sum(-1, keepdim=True) - 1
+    return (-beta * (logp - logp_ref)).scatter_add(-1, last, reward[..., None])
 
 
 def gae(reward, value, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation (arXiv:1506.02438, eq. 16).
+    """Generalised advantage estimation: Â_t = Σ_k (γλ)ᵏ δ_{t+k} (arXiv:1506.02438, eq. 16).
 
-    Â_t = Σ_k (γλ)ᵏ δ_{t+k}, summed over the rest of the answer, with δ_t = r_t + γ V_{t+1} - V_t.
+    δ_t = r_t + γ V_{t+1} - V_t, to the answer's last token; V is 0 after it.
     reward, value, mask (N, T) -> adv, returns = adv + value, both (N, T) and 0 at masked positions.
-    value[:, t] is read where action t is predicted; behind the last real token V is 0. A row of mask is a run
-    of ones from the left, then zeros.
+    value[:, t] is read where action t is predicted. A row of mask is ones from the left, then zeros.
     """
     check(reward=reward, value=value, mask=mask)
     mask = mask.bool()
     zero = torch.zeros_like(value)
     reward, value = torch.where(mask, reward, zero), torch.where(mask, value, zero)
-    adv, running, value_next = zero.clone(), zero[:, 0], zero[:, 0]
-    for t in reversed(range(reward.shape[1])):
-        delta = reward[:, t] + gamma * value_next - value[:, t]  # (N,)
+    adv, running, value_next = zero.clone(), zero[..., 0], zero[..., 0]
+    for t in reversed(range(reward.shape[-1])):
+        delta = reward[..., t] + gamma * value_next - value[..., t]  # (N,)
         running = delta + gamma * lam * running
-        adv[:, t] = running
-        value_next = value[:, t]
+        adv[..., t] = running
+        value_next = value[..., t]
     return torch.where(mask, adv, zero), torch.where(mask, adv + value, zero)
 
 
 def ppo_policy_loss(logp, logp_old, adv, mask, eps=0.2):
-    """-mean over real tokens of min(r·Â, clip(r, 1-ε, 1+ε)·Â), r = exp(logp - logp_old).
+    """-mean over real tokens of min(r·Â, clip(r, 1-ε, 1+ε)·Â), r = exp(logp - logp_old) (eq. 7).
 
-    That is arXiv:1707.06347, eq. 7. logp, logp_old, adv, mask (N, T) -> scalar loss and a dict: clip_frac,
-    the share of tokens that the clip leaves without gradient; ratio_max; pg_loss, the loss itself.
+    logp, logp_old, adv, mask (N, T) -> scalar, dict; clip_frac: tokens that the clip leaves no gradient.
     """
     check(logp=logp, logp_old=logp_old, adv=adv, mask=mask)
     log_ratio = torch.where(mask.bool(), promote(logp) - promote(logp_old), torch.zeros_like(adv))
     ratio = torch.exp(log_ratio)
     loss = masked_mean(-torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv), mask)
     clipped = ((ratio < 1 - eps) & (adv < 0)) | ((ratio > 1 + eps) & (adv > 0))
-    real = ratio.detach().masked_fill(~mask.bool(), 0.0)
-    return loss, {"clip_frac": masked_mean(clipped.float(), mask), "ratio_max": real.max(),
-                  "pg_loss": loss.detach()}
+    return loss, {"clip_frac": masked_mean(clipped.float(), mask), "pg_loss": loss.detach(),
+                  "ratio_max": ratio.detach().masked_fill(~mask.bool(), 0.0).max()}
 
 
 def value_loss(value, value_old, returns, mask, clip=0.2):
     """½ mean over real tokens of max((V - R)², (V_old + clip(V - V_old, ±clip) - R)²).
 
-    So it doesn't pay to move V further than `clip` from V_old, the value at the rollout. The clip is that of
-    OpenAI's baselines; the paper has the plain square, which is clip=inf (times ½).
-    value, value_old, returns, mask (N, T) -> scalar loss and a dict: value_loss, value_clip_frac, and the
-    explained_variance of value_old.
+    V_old is the value at the rollout. The clip is from OpenAI's baselines; the paper has the plain square.
+    value, value_old, returns, mask (N, T) -> scalar, dict.
     """
     check(value=value, value_old=value_old, returns=returns, mask=mask)
     value, value_old, returns = (promote(x).masked_fill(~mask.bool(), 0.0)
@@ -87,25 +84,28 @@ def value_loss(value, value_old, returns, mask, clip=0.2):
     clipped = value_old + (value - value_old).clamp(-clip, clip)
     plain, bounded = (value - returns).square(), (clipped - returns).square()
     loss = 0.5 * masked_mean(torch.maximum(plain, bounded), mask)
-    return loss, {"value_loss": loss.detach(),
-                  "explained_variance": explained_variance(value_old, returns, mask),
+    explained = explained_variance(value_old, returns, mask)
+    return loss, {"value_loss": loss.detach(), "explained_variance": explained,
                   "value_clip_frac": masked_mean((bounded > plain).float(), mask)}
 
 
-def explained_variance(value, returns, mask):
-    """1 - Var[returns - value] / Var[returns] over real tokens: 0 for a constant value, 1 for an oracle.
+def token_stats(logp, logp_ref, entropy, mask):
+    """Masked means for the CSV: KL(π‖π₀) (k3), entropy, log π₀; all (N, T), without gradient."""
+    return {"kl": masked_mean(kl_penalty(logp.detach(), logp_ref), mask),
+            "entropy": masked_mean(entropy, mask), "ref_logp": masked_mean(logp_ref, mask)}
 
-    NaN where the returns don't vary.
-    """
+
+def explained_variance(value, returns, mask):
+    """1 - Var[returns - value] / Var[returns] over real tokens: 1 for an oracle, NaN for equal returns."""
     error, returns = (returns - value)[mask.bool()], returns[mask.bool()]
     spread = returns.var(correction=0)
     return torch.where(spread > 0, 1 - error.var(correction=0) / spread, torch.nan)
 
 
 class ValueModel(nn.Module):
-    """The critic: a GPT trunk of its own and a scalar head; tokens (N, T) -> V (N, T).
+    """The critic: a GPT trunk of its own and a scalar head. tokens (N, T) -> V (N, T), float32.
 
-    V[:, t] is the value after reading tokens[:, :t + 1].
+    V[:, t] has read tokens[:, :t + 1].
     """
 
     def __init__(self, config):
@@ -117,4 +117,4 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens, pad=None):
-        return self.head(self.trunk.hidden(tokens, pad)).squeeze(-1).float()  # (N, T)
+        return self.head(self.trunk.hidden(tokens, pad)).squeeze(-1).float()

@@ -8,94 +8,59 @@ Left out: ensembles, margins, more than two answers a prompt.
 Run: python reward_model.py
 """
 import json
-import time
-from dataclasses import asdict, dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NamedTuple
 
 import utils  # before torch: it sets how OpenMP's threads wait
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import GPT, GPTConfig
+from generate import generate
+from model import load_policy
+from reward import RewardModel
 from utils import checkpoint
-from utils.cli import Interrupt, at_least, atomic_write, die, parse, resume_command
-from utils.device import peak_mem_mb, pick_autocast, pick_device, write_run_record
-from utils.log import SHARED, Log
+from utils.cli import AtLeast, at_least, atomic_write, die, parse, program
+from utils.device import pick_device
+from utils.log import SHARED
 from utils.rewards import JUDGES
-from utils.task import load_prompts, step_generator
-from utils.text import completions, left_pad, read_jsonl
+from utils.run import Run, step_generator
+from utils.text import completions, left_pad, load_prompts, read_jsonl
 
 COLUMNS = [*SHARED, "accuracy", "held_out", "held_out_accuracy", "judge_accuracy", "untied", "lr",
            "grad_norm", "seconds", "peak_mem_mb"]
-MADE_BY = "python reward_model.py"
 
 
 @dataclass
 class Args:
+    # ---- the algorithm ----
+    label_temperature: Annotated[float, AtLeast(0.0)] = 0.1  # of the Bradley-Terry draw, in the judge's unit
+    pool: Literal["sum", "last"] = "sum"  # over an answer's tokens
+    layers: Annotated[int, AtLeast(1)] = 2  # blocks of π₀ that the trunk keeps; more overfit sooner
+    epochs: Annotated[int, AtLeast(1)] = 2  # passes over the pairs
+    batch_size: Annotated[int, AtLeast(1)] = 32  # pairs
+    lr: Annotated[float, AtLeast(0.0)] = 3e-4  # of the trunk
+    head_lr: float = 1e-4  # of the head: a step moves every token's score at once, and a sum adds them up
+    word_lr: float = 3e-2  # of the table with a number for each token
+    seed: int = 0  # of pairs, labels and order
+    # ---- the task ----
     policy: str = "out/sft/policy.pth"  # π₀: samples the pairs, lends its tokenizer and its trunk
     pairs: str = ""  # your own preferences instead: JSONL with prompt, chosen, rejected
     data: str = "auto"  # where the prompts come from, as in sft.py
-    judge: Literal[tuple(JUDGES)] = "sentiment"
-    label_temperature: float = 0.1  # of the Bradley-Terry draw, in the judge's unit; 0 labels without noise
-    n_pairs: int = 4096
-    held_out_pairs: int = 1024  # on held-out prompts
-    prompt_len: int = 32
-    max_new: int = 48
-    pool: Literal["sum", "last"] = "sum"
-    layers: int = 2  # blocks of π₀ that the trunk keeps: fewer learn by heart later, and cost less
-    epochs: int = 2
-    batch_size: int = 32  # pairs
-    lr: float = 3e-4  # of the trunk
-    head_lr: float = 1e-4  # a step moves every token's score at once, and a sum adds them up
-    word_lr: float = 3e-2
-    eval_every: int = 64
-    device: str = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
-    log: str = "logs/reward.csv"
-    out: str = "out/reward"
-    track: Literal["none", "tensorboard", "wandb"] = "none"
+    judge: Literal[tuple(JUDGES)] = "sentiment"  # it labels the pairs
+    n_pairs: int = 4096  # at least --batch_size
+    held_out_pairs: Annotated[int, AtLeast(2)] = 1024  # on held-out prompts
+    prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens
+    max_new: Annotated[int, AtLeast(1)] = 48  # tokens of an answer
+    eval_every: Annotated[int, AtLeast(1)] = 64  # steps
+    log: str = "logs/reward.csv"  # the run's numbers
+    out: str = "out/reward"  # the folder of the run's weights
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
-
-
-class RewardModel(nn.Module):
-    """A GPT trunk and one scalar a token, pooled over the answer's real tokens: the sum, or the last one's.
-
-    The scalar is head(hidden) + word[token]. π₀'s features say what comes next, hardly what a reader feels
-    (linear probes order 59 % of the pairs, on bare token ids 69 %), so each token also has its own number.
-    """
-
-    def __init__(self, config, pool="sum"):
-        super().__init__()
-        self.config, self.pool = config, pool
-        self.trunk = GPT(config)
-        self.head = nn.Linear(config.n_embd, 1)
-        self.word = nn.Embedding(config.vocab_size, 1)
-        for p in (self.head.weight, self.head.bias, self.word.weight):
-            nn.init.zeros_(p)
-        self.register_buffer("mean", torch.tensor(0.0))
-        self.register_buffer("std", torch.tensor(1.0))
-
-    def forward(self, tokens, mask, pad=None):
-        """tokens (N, P + T), mask (N, T) of the answer's real tokens -> normalised score (N,), float32."""
-        T = mask.shape[1]
-        hidden = self.trunk.hidden(tokens, pad)[:, -T:]
-        score = (self.head(hidden).float() + self.word(tokens[:, -T:])).squeeze(-1)  # (N, T)
-        score = torch.where(mask, score, 0.0)
-        if self.pool == "last":
-            score = score.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))
-        return (score.sum(1) - self.mean) / self.std
-
-
-def load_reward_model(path, device="cpu"):
-    """-> (RewardModel in eval mode, the checkpoint's content)."""
-    content = checkpoint.load(path, "reward", MADE_BY)
-    model = checkpoint.build(
-        path, content, lambda: RewardModel(GPTConfig(**content["config"]), content["pool"]), MADE_BY)
-    return model.to(device).eval(), content
+    # ---- speed and memory: nothing here changes what is learnt ----
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products
 
 
 class Pairs(NamedTuple):
@@ -123,7 +88,7 @@ def sample_pairs(policy, tokenizer, prompts, n, args, seed):
     index = torch.cat([torch.randperm(len(prompts.texts), generator=generator)
                        for _ in range(-(-n // len(prompts.texts)))])[:n]
     asked = prompts.pick(index)
-    parts = [policy.generate(part.to(policy.wte.weight.device), args.max_new, 2, stop=tokenizer.stops,
+    parts = [generate(policy, part.to(policy.wte.weight.device), args.max_new, 2, stop=tokenizer.stops,
                              generator=generator) for part in asked.tokens.split(256)]
     tokens = torch.cat([tokens for tokens, _, _ in parts]).cpu()
     mask = torch.cat([mask for _, _, mask in parts]).cpu()
@@ -171,67 +136,53 @@ def evaluate(model, pairs, device, autocast):
     return row, scores
 
 
-def main(args):
-    # ---- set-up ----
-    at_least(args, lr=0.0, layers=1, n_pairs=args.batch_size, batch_size=1, epochs=1,
-             held_out_pairs=2, max_new=1, prompt_len=1, label_temperature=0.0, eval_every=1)
-    device = pick_device(args.device)
-    autocast, dtype = pick_autocast(device, args.dtype)
-    torch.manual_seed(args.seed)
-    policy, tokenizer = checkpoint.load_policy(args.policy, device)
-    layers = min(args.layers, policy.config.n_layer)
-    model = RewardModel(replace(policy.config, n_layer=layers), args.pool).to(device)
-    model.trunk.load_state_dict(policy.state_dict(), strict=False)  # π₀ may have more blocks
-
-    # ---- pairs ----
+def load_pairs(args, policy, tokenizer):
+    """-> training and held-out Pairs: a user's, or π₀'s answers, whose texts go to OUT/pairs.jsonl."""
     if args.pairs:
         every = read_pairs(args.pairs, tokenizer, policy.config.block_size)
         order = torch.randperm(len(every.tokens), generator=step_generator(args.seed, 0))
         if len(order) < 2:
             die(f"--pairs {args.pairs} holds 1 pair: wanted at least 2, one is held out")
         cut = max(1, len(order) // 10)
-        train, held_out = every.pick(order[cut:]), every.pick(order[:cut])
-    else:
-        if args.prompt_len + args.max_new > policy.config.block_size:
-            die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's "
-                f"{policy.config.block_size} tokens: shorten one")
-        prompts = load_prompts("", args.data, tokenizer, args.prompt_len)
-        train, rows = sample_pairs(policy, tokenizer, prompts[0], args.n_pairs, args, 0)
-        held_out, _ = sample_pairs(policy, tokenizer, prompts[1], args.held_out_pairs, args, 1)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        atomic_write(f"{args.out}/pairs.jsonl", "".join(lines).encode())
-    print(f"{len(train.tokens):,} + {len(held_out.tokens):,} pairs, {device}, {dtype}")
+        return every.pick(order[cut:]), every.pick(order[:cut])
+    if args.prompt_len + args.max_new > policy.config.block_size:
+        die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's "
+            f"{policy.config.block_size} tokens: shorten one")
+    prompts = load_prompts("", args.data, tokenizer, args.prompt_len)
+    train, rows = sample_pairs(policy, tokenizer, prompts[0], args.n_pairs, args, 0)
+    held_out, _ = sample_pairs(policy, tokenizer, prompts[1], args.held_out_pairs, args, 1)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    atomic_write(f"{args.out}/pairs.jsonl", "".join(lines).encode())
+    return train, held_out
 
+
+def main(args):
+    # ---- set-up ----
+    at_least(args, n_pairs=args.batch_size)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    policy, tokenizer = load_policy(args.policy, device)
+    layers = min(args.layers, policy.config.n_layer)
+    model = RewardModel(replace(policy.config, n_layer=layers), args.pool).to(device)
+    model.trunk.load_state_dict(policy.state_dict(), strict=False)  # π₀ may have more blocks
+
+    # ---- pairs ----
+    train, held_out = load_pairs(args, policy, tokenizer)
     groups = [{"params": part.parameters(), "peak_lr": lr} for part, lr in
               ((model.trunk, args.lr), (model.head, args.head_lr), (model.word, args.word_lr))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     per_epoch = max(1, len(train.tokens) // args.batch_size)
-    total, start, seconds = args.epochs * per_epoch, 0, 0.0
-    if args.resume:
-        state = checkpoint.load_state(f"{args.out}/state.pth", args, MADE_BY)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
-    write_run_record(args.log, args, device=str(device), dtype=dtype)
-    log = Log(args.log, COLUMNS, total, start, args.track, asdict(args))
-    interrupt = Interrupt()
-
-    def save(step):
-        checkpoint.save(f"{args.out}/state.pth", "state", model, tokenizer, optimizer=optimizer.state_dict(),
-                        step=step, seconds=seconds, args=asdict(args), threads=torch.get_num_threads())
-
-    for step in range(start, total + 1):
+    total = args.epochs * per_epoch
+    run = Run(args, COLUMNS, total, device, program(), save_every=args.eval_every)
+    run.hold(checkpoint.about(model, tokenizer), model=model, optimizer=optimizer)
+    print(f"{len(train.tokens):,} + {len(held_out.tokens):,} pairs, {device}, {run.dtype}")
+    for step in run.steps():
         # ---- evaluate ----
-        row = {}
-        if step % args.eval_every == 0 or step == total:
-            save(step)
-            row, scores = evaluate(model, held_out, device, autocast)
-        if step == total:
-            log.write(step=step, seconds=seconds, **row)
-            break
+        due = step % args.eval_every == 0
+        evaluated = evaluate(model, held_out, device, run.autocast)[0] if due else {}
+        run.start_clock()
 
         # ---- update ----
-        clock = time.perf_counter()
         warmup = max(1, total // 10)
         share = min((step + 1) / warmup, (total - step) / (total - warmup + 1))  # straight up, then down
         for group in optimizer.param_groups:
@@ -239,36 +190,29 @@ def main(args):
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(len(train.tokens), generator=step_generator(args.seed, 2 + epoch))
         rows = order[place * args.batch_size:(place + 1) * args.batch_size]
-        with autocast():
+        with run.autocast():
             score = model(*train.pick(rows).batch(device))
         chosen, rejected = score.view(-1, 2).unbind(1)  # (batch,)
         loss = -F.logsigmoid(chosen - rejected).mean()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        run.add({"loss": loss.detach()})
+        run.update(optimizer, model, grad_clip=1.0)
 
         # ---- log ----
-        seconds += time.perf_counter() - clock
-        log.write(step=step, loss=loss, mean_r=score.mean(), accuracy=(chosen > rejected).float().mean(),
-                  lr=args.lr * share, grad_norm=grad_norm, seconds=seconds, peak_mem_mb=peak_mem_mb(device),
-                  **row)
-        if interrupt.asked:
-            save(step + 1)
-            log.close()
-            interrupt.leave(resume_command())
-    log.close()
+        run.write(mean_r=score.mean(), accuracy=(chosen > rejected).float().mean(), lr=args.lr * share,
+                  **evaluated)
+    last, scores = evaluate(model, held_out, device, run.autocast)
+    run.finish(seconds=run.counts["seconds"], **last)
 
     # ---- normalise on the held-out answers, save ----
     model.mean.copy_(scores.mean())
     model.std.copy_(scores.std().clamp(min=1e-6))
     checkpoint.save(f"{args.out}/reward.pth", "reward", model, tokenizer, pool=args.pool,
                     judge="" if args.pairs else args.judge)
-    judged = "" if args.pairs else f", {row['judge_accuracy']:.3f} against the judge on untied pairs"
-    print(f"held-out accuracy {row['held_out_accuracy']:.3f} against the noisy labels{judged}; "
-          f"{seconds:.0f} s; wrote {args.out}/reward.pth and {args.log}")
-    return row
+    judged = "" if args.pairs else f", {last['judge_accuracy']:.3f} against the judge on untied pairs"
+    print(f"held-out accuracy {last['held_out_accuracy']:.3f} against the noisy labels{judged}; "
+          f"{run.counts['seconds']:.0f} s; wrote {args.out}/reward.pth and {args.log}")
+    return last
 
 
 if __name__ == "__main__":

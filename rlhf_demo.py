@@ -20,13 +20,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from plot import GRID, plot_panels
-from utils import checkpoint
+from generate import sample_texts
+from generate import score as score_answers
+from model import load_policy
+from reward import load_scorer
 from utils.cli import at_least, parse
 from utils.device import pick_device
+from utils.figure import GRID, plot_panels
 from utils.rewards import JUDGES
-from utils.task import load_prompts, load_scorer, sample_texts
-from utils.text import load_corpus
+from utils.text import load_corpus, load_prompts
 
 
 @dataclass
@@ -85,7 +87,7 @@ def main(args):
 
     # ---- the table: three policies, the same held-out prompts, the same draws ----
     device = pick_device(args.device)
-    ref, tokenizer = checkpoint.load_policy(policy, device)
+    ref, tokenizer = load_policy(policy, device)
     score = load_scorer("model", reward, policy, tokenizer, device)
     prompts = load_prompts("", data, tokenizer, 32)[1]
     order = torch.randperm(len(prompts.texts), generator=torch.Generator().manual_seed(args.seed))
@@ -96,10 +98,10 @@ def main(args):
         table.add_column(column, justify="right")
     answers = {}
     for label, name in (("π₀", "sft"), ("GRPO", "grpo"), ("PPO", "ppo")):
-        model = checkpoint.load_policy(f"out/{name}/policy.pth", device)[0]
+        model = load_policy(f"out/{name}/policy.pth", device)[0]
         tokens, _, mask, texts = sample_texts(model, tokenizer, prompts, 48, seed=args.seed)
-        logp, entropy = model.score(tokens, 32)
-        d = ref.score(tokens, 32)[0] - logp
+        logp, entropy = score_answers(model, tokens, 32)
+        d = score_answers(ref, tokens, 32)[0] - logp
         gold = sum(JUDGES["sentiment"](texts, prompts.texts)) / len(texts)
         cost = pd.read_csv(f"logs/{name}.csv")
         table.add_row(label, f"{score(tokens, mask, prompts, texts).mean():+.2f}", f"{gold:+.2f}",

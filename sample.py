@@ -11,7 +11,8 @@ import utils  # before torch: it sets how OpenMP's threads wait
 
 import torch
 
-from utils import checkpoint
+from generate import generate
+from model import load_policy
 from utils.cli import at_least, die, parse
 from utils.device import pick_device
 from utils.text import completions
@@ -36,7 +37,7 @@ def main(args):
     if not 0 < args.top_p <= 1:
         die(f"--top_p {args.top_p}: wanted a share in (0, 1]")
     device = pick_device(args.device)
-    policy, tokenizer = checkpoint.load_policy(args.policy, device)
+    policy, tokenizer = load_policy(args.policy, device)
     start = args.start.replace("\\n", "\n")
     ids = tokenizer.encode(start)
     room = policy.config.block_size - len(ids)
@@ -44,7 +45,7 @@ def main(args):
         die(f"--start of {len(ids)} tokens + --max_new {args.max_new}: wanted at least one token, such as "
             f"'ROMEO:\\n', and no more than the context of {policy.config.block_size}")
     generator = torch.Generator().manual_seed(args.seed)
-    tokens, _, mask = policy.generate(torch.tensor([ids], device=device), args.max_new or room,
+    tokens, _, mask = generate(policy, torch.tensor([ids], device=device), args.max_new or room,
                                       args.num_samples, args.temperature, args.top_k, args.top_p,
                                       tokenizer.stops if args.stop else (), generator)
     texts = completions(tokens[:, len(ids):], mask, tokenizer)

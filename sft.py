@@ -1,28 +1,27 @@
 """SFT, supervised fine-tuning: corpus -> out/sft/policy.pth, the reference policy π₀ of all that follows.
 
 Next-token cross-entropy on random windows, nanoGPT's recipe (github.com/karpathy/nanoGPT): AdamW, warm-up,
-cosine decay. The weights of the best held-out loss are kept. Losses are logged per token and per character,
-so that tokenizers compare.
+cosine decay. The weights of the best held-out loss are kept. Losses are logged a token and a character, so
+that tokenizers compare.
 Left out: several documents, packing, gradient accumulation.
 Run: python sft.py (several processes: torchrun --nproc_per_node=2 sft.py)
 """
 import math
-import time
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import utils  # before torch: it sets how OpenMP's threads wait
 
 import torch
 import torch.nn.functional as F
 
-from model import GPT, SIZES, GPTConfig
+from generate import sample_texts
+from model import GPT, SIZES, GPTConfig, load_policy
 from utils import checkpoint, ranks
-from utils.cli import Interrupt, at_least, die, parse, resume_command
-from utils.device import peak_mem_mb, pick_autocast, write_run_record
-from utils.log import SHARED, Log
-from utils.task import Prompts, sample_texts, step_generator
-from utils.text import heading_prompts, load_corpus, split
+from utils.cli import AtLeast, die, parse, program
+from utils.log import SHARED
+from utils.run import Run, step_generator
+from utils.text import Prompts, heading_prompts, load_corpus, split
 from utils.tokenizer import train_tokenizer
 
 COLUMNS = [*SHARED, "held_out", "loss_char", "held_out_char", "lr", "grad_norm", "tokens", "seconds",
@@ -31,29 +30,32 @@ COLUMNS = [*SHARED, "held_out", "loss_char", "held_out_char", "lr", "grad_norm",
 
 @dataclass
 class Args:
+    # ---- the algorithm ----
+    steps: Annotated[int, AtLeast(1)] = 900  # optimizer steps
+    batch_size: Annotated[int, AtLeast(1)] = 32  # windows of text
+    lr: Annotated[float, AtLeast(0.0)] = 3e-3  # after the warm-up
+    min_lr: float = 3e-4  # at the end
+    warmup: Annotated[int, AtLeast(0)] = 50  # steps
+    weight_decay: float = 0.1  # of matrices
+    beta2: float = 0.99  # of AdamW
+    grad_clip: float = 1.0  # greatest norm of the gradient
+    dropout: Annotated[float, AtLeast(0.0)] = 0.0  # share of activations that are dropped
+    seed: int = 0  # of weights, windows and dropout
+    # ---- the task ----
     data: str = "auto"  # auto, shakespeare, play, or a plain text file with speaker headings
-    tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"
+    tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # bpe and char are trained on the corpus
     vocab_size: int = 1024  # of bpe
-    size: Literal[tuple(SIZES)] = "nano"
+    size: Literal[tuple(SIZES)] = "nano"  # layers, heads, width
     init: str = ""  # start from GPT-2's weights: a name ("gpt2") or a folder; needs --tokenizer gpt2
-    block_size: int = 96  # tokens of context; a prompt and its answer must fit
-    dropout: float = 0.0
-    batch_size: int = 32
-    steps: int = 900
-    lr: float = 3e-3
-    min_lr: float = 3e-4
-    warmup: int = 50
-    weight_decay: float = 0.1
-    beta2: float = 0.99
-    grad_clip: float = 1.0
-    eval_every: int = 100
-    device: str = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
-    log: str = "logs/sft.csv"
-    out: str = "out/sft"
-    track: Literal["none", "tensorboard", "wandb"] = "none"
+    block_size: Annotated[int, AtLeast(8)] = 96  # tokens of context; a prompt and its answer must fit
+    eval_every: Annotated[int, AtLeast(1)] = 100  # steps
+    log: str = "logs/sft.csv"  # the run's numbers
+    out: str = "out/sft"  # the folder of the run's weights
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
+    # ---- speed and memory: nothing here changes what is learnt ----
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products
 
 
 PRESETS = {
@@ -102,12 +104,10 @@ def optimizer_groups(model, weight_decay):
 
 def main(args):
     # ---- set-up ----
-    at_least(args, lr=0.0, dropout=0.0, steps=1, batch_size=1, block_size=8, eval_every=1, warmup=0)
     if args.dropout >= 1:
         die(f"--dropout {args.dropout} drops everything: wanted a share below 1")
     device, mine = ranks.start(args.device), ranks.share(args.batch_size, "--batch_size")
-    autocast, dtype = pick_autocast(device, args.dtype)
-    torch.manual_seed(args.seed)
+    run = Run(args, COLUMNS, args.steps, device, program(), save_every=args.eval_every)
     text, source = load_corpus(args.data)
     parts = split(text)
     tokenizer = train_tokenizer(args.tokenizer, text, args.vocab_size)
@@ -123,76 +123,51 @@ def main(args):
     model = GPT.from_pretrained(args.init) if args.init else GPT(
         GPTConfig(tokenizer.vocab_size, args.block_size, layers, heads, width, args.dropout))
     model = model.to(device).train()
+    n_parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(optimizer_groups(model, args.weight_decay), lr=args.lr,
                                   betas=(0.9, args.beta2), fused=True)
-    start, seconds, best = 0, 0.0, math.inf
-    if args.resume:
-        state = checkpoint.load_state(f"{args.out}/state.pth", args, "python sft.py")
-        checkpoint.restore(state, args.out, model=model, optimizer=optimizer)
-        start, seconds, best = state["step"], state["seconds"], state["best"]
-    write_run_record(args.log, args, device=str(device), dtype=dtype, corpus=source,
-                     parameters=sum(p.numel() for p in model.parameters()))
-    log = Log(args.log, COLUMNS, args.steps, start, args.track, asdict(args))
-    interrupt = Interrupt()
+    run.record |= {"corpus": source, "parameters": n_parameters}
+    run.hold(checkpoint.about(model, tokenizer), counts={"best": math.inf}, model=model, optimizer=optimizer)
+
+    def evaluate():
+        """The held-out loss; its best weights are kept."""
+        loss = held_out_loss(model, held_out, args, device, run.autocast)
+        if loss < run.counts["best"]:
+            run.counts["best"] = loss
+            checkpoint.save(f"{args.out}/policy.pth", "policy", model, tokenizer, corpus=source)
+        return {"held_out": loss, "held_out_char": loss / chars_per_token[1]}
+
     print(f"{source}: {len(train):,} + {len(held_out):,} tokens of {tokenizer.name}, "
-          f"{chars_per_token[0]:.2f} characters each; "
-          f"{args.init or args.size}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{device}, {dtype}")
-
-    def save(step):
-        checkpoint.save(f"{args.out}/state.pth", "state", model, tokenizer, optimizer=optimizer.state_dict(),
-                        step=step, seconds=seconds, best=best, args=asdict(args),
-                        threads=torch.get_num_threads())
-
-    for step in range(start, args.steps + 1):
+          f"{chars_per_token[0]:.2f} characters each; {args.init or args.size}, {n_parameters:,} parameters, "
+          f"{device}, {run.dtype}")
+    for step in run.steps():
         # ---- evaluate, keep the best ----
-        row = {}
-        if step % args.eval_every == 0 or step == args.steps:
-            save(step)
-            loss_out = held_out_loss(model, held_out, args, device, autocast)
-            row = {"held_out": loss_out, "held_out_char": loss_out / chars_per_token[1]}
-            if loss_out < best:
-                best = loss_out
-                checkpoint.save(f"{args.out}/policy.pth", "policy", model, tokenizer, corpus=source)
-        if step == args.steps:
-            log.write(step=step, seconds=seconds, tokens=step * args.batch_size * args.block_size, **row)
-            break
+        evaluated = evaluate() if step % args.eval_every == 0 else {}
+        run.start_clock()
 
         # ---- update ----
-        clock = time.perf_counter()
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         starts = torch.randint(len(train) - args.block_size - 1, (args.batch_size,),
                                generator=step_generator(args.seed, step))
         x, y = windows(train, starts, args.block_size)
-        # dropout's masks, so that a resume draws the same
+        # dropout's masks come from the step's number, so that a resume draws the same
         torch.manual_seed(args.seed * 1_000_003 + step + ranks.rank() * 10**15)
-        with autocast():
+        with run.autocast():
             logits = model(x[mine].to(device))
         loss = F.cross_entropy(logits.float().flatten(0, 1), y[mine].flatten().to(device)) / ranks.world()
         loss.backward()
-        ranks.add_gradients(model)
-        loss = ranks.total({"loss": loss.detach()})["loss"]
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        run.add({"loss": loss.detach()})
+        run.update(optimizer, model, grad_clip=args.grad_clip)
 
         # ---- log ----
-        elapsed = time.perf_counter() - clock
-        seconds += elapsed
-        log.write(step=step, loss=loss, loss_char=loss / chars_per_token[0], lr=lr, grad_norm=grad_norm,
-                  tokens=(step + 1) * y.numel(), seconds=seconds, tokens_per_s=y.numel() / elapsed,
-                  peak_mem_mb=peak_mem_mb(device), **row)
-        if interrupt.asked:
-            save(step + 1)
-            log.close()
-            interrupt.leave(resume_command())
-    log.close()
+        run.sums["loss_char"] = run.sums["loss"] / chars_per_token[0]
+        run.write(lr=lr, tokens=y.numel(), **evaluated)
+    run.finish(seconds=run.counts["seconds"], tokens=run.counts["tokens"], **evaluate())
 
     # ---- samples ----
-    policy, tokenizer = checkpoint.load_policy(f"{args.out}/policy.pth", device)
+    policy, tokenizer = load_policy(f"{args.out}/policy.pth", device)
     prompt_len = min(32, args.block_size // 2)
     tokens = heading_prompts(parts[1], tokenizer, prompt_len, source)
     tokens = tokens[:: max(1, len(tokens) // 3)][:3]
@@ -200,8 +175,9 @@ def main(args):
     answers = sample_texts(policy, tokenizer, prompts, args.block_size - prompt_len, seed=args.seed)[3]
     for prompt, answer in zip(prompts.texts, answers):
         print(f"\n{prompt.splitlines()[-1]}\n{answer}")
+    best = run.counts["best"]
     print(f"\nbest held-out loss {best:.4f} nats a token, {best / chars_per_token[1]:.4f} a character, "
-          f"{seconds:.0f} s; wrote {args.out}/policy.pth and {args.log}")
+          f"{run.counts['seconds']:.0f} s; wrote {args.out}/policy.pth and {args.log}")
     ranks.stop()
     return best / chars_per_token[1]
 

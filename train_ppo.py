@@ -1,233 +1,138 @@
-"""PPO on text: a value network is the baseline, and the KL to π₀ is part of each token's reward.
+"""PPO on text: a value network is the baseline, and the KL to π₀ is part of the reward (arXiv:1707.06347).
 
-The same banners in the same order as train_grpo.py: the diff between the two files is the lesson. Rollouts,
-reward, KL column and number of samples are GRPO's. arXiv:1707.06347; on text: InstructGPT, arXiv:2203.02155.
-Left out: adaptive KL, a trunk shared by policy and critic.
+`diff train_grpo.py train_ppo.py` is the lesson. PPO's advantage stands later: it needs the values.
+Left out: adaptive KL, a trunk shared by policy and critic. On text as InstructGPT has it, arXiv:2203.02155.
 Run: python train_ppo.py (several processes: torchrun --nproc_per_node=2 train_ppo.py)
 """
 import copy
-import time
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import utils  # before torch: it sets how OpenMP's threads wait
 
 import torch
 
-from grpo import kl_penalty
-from ppo import ValueModel, explained_variance, gae, masked_mean, ppo_policy_loss, value_loss, whiten
+from model import load_policy
+from ppo import (VALUE_COLUMNS, ValueModel, explained_variance, gae, ppo_policy_loss, token_reward,
+                 token_stats, value_loss, whiten)
+from rollout import COLUMNS, Environment
 from utils import checkpoint, ranks
-from utils.cli import Interrupt, at_least, die, parse, resume_command
-from utils.device import compiled, peak_mem_mb, pick_autocast, write_run_record
-from utils.log import SHARED, Log, add
-from utils.rewards import JUDGES, distinct
-from utils.task import load_prompts, load_scorer, step_generator
-from utils.text import completions
-
-COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac",
-           "ratio_max", "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s", "peak_mem_mb",
-           "explained_variance", "value_loss", "value_clip_frac"]
+from utils.cli import AtLeast, parse, program
+from utils.rewards import JUDGES
+from utils.run import Run, step_generator
 
 
 @dataclass
 class Args:
+    # ---- the algorithm ----
+    prompts_per_step: Annotated[int, AtLeast(1)] = 16  # B
+    group_size: Annotated[int, AtLeast(1)] = 8  # G, answers to each prompt
+    beta: Annotated[float, AtLeast(0.0)] = 0.05  # weight of the KL penalty in the reward
+    lr: Annotated[float, AtLeast(0.0)] = 5e-5  # learning rate of AdamW
+    value_lr: Annotated[float, AtLeast(0.0)] = 1e-3  # the critic's
+    eps: float = 0.2  # the policy's clip
+    value_clip: float = 0.5  # the critic's, in units of the reward
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # λ of GAE
+    steps: Annotated[int, AtLeast(1)] = 60  # rollouts
+    epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers
+    minibatches: Annotated[int, AtLeast(1)] = 4  # optimizer steps an epoch
+    grad_clip: float = 1.0  # greatest norm of the gradient
+    seed: int = 0  # of prompts and draws
+    # ---- the task ----
     policy: str = "out/sft/policy.pth"  # π₀
     reward: str = "model"  # model, sentiment, meter, or FILE.py:FUNCTION
-    reward_model: str = "out/reward/reward.pth"
+    reward_model: str = "out/reward/reward.pth"  # of --reward model
     gold: Literal[tuple(JUDGES)] = "sentiment"  # measured beside the reward, never trained on
     data: str = "auto"  # where prompts come from, as in sft.py
     prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
-    prompts_per_step: int = 16
-    group_size: int = 8  # answers to each prompt: rollouts are GRPO's, the advantage makes no use of groups
-    prompt_len: int = 32
-    max_new: int = 48
-    temperature: float = 1.0
-    epochs_per_rollout: int = 1
-    minibatches: int = 4  # optimizer steps an epoch
-    beta: float = 0.05  # weight of the KL penalty in the reward
-    eps: float = 0.2  # the policy's clip
-    gamma: float = 1.0
-    lam: float = 0.95
-    lr: float = 5e-5
-    value_lr: float = 1e-3
-    value_clip: float = 0.5  # in units of the reward
-    steps: int = 60
-    grad_clip: float = 1.0
-    eval_every: int = 20
-    eval_prompts: int = 64  # held-out ones
-    save_every: int = 20
-    micro_batch: int = 0  # answers a backward pass; 0: a whole minibatch. Changes memory, not results
+    prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens
+    max_new: Annotated[int, AtLeast(1)] = 48  # tokens of an answer
+    temperature: Annotated[float, AtLeast(1e-3)] = 1.0  # of sampling and scoring alike
+    eval_every: Annotated[int, AtLeast(1)] = 20  # steps
+    eval_prompts: Annotated[int, AtLeast(1)] = 64  # held-out prompts
+    log: str = "logs/ppo.csv"  # the run's numbers
+    out: str = "out/ppo"  # the folder of the run's weights
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
+    resume: bool = False  # go on from --out
+    # ---- speed and memory: nothing here changes what is learnt ----
+    micro_batch: Annotated[int, AtLeast(0)] = 0  # prompts (PPO: answers) a backward pass; 0: all
     grad_checkpoint: bool = False  # less memory, one more forward pass
     compile: bool = False  # decode and update; takes a minute first
-    device: str = "auto"
+    save_every: Annotated[int, AtLeast(1)] = 20  # steps
+    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update; sampling is float32
-    seed: int = 0
-    log: str = "logs/ppo.csv"
-    out: str = "out/ppo"
-    track: Literal["none", "tensorboard", "wandb"] = "none"
-    resume: bool = False  # go on from --out
 
 
 def main(args):
     # ---- set-up ----
-    at_least(args, prompts_per_step=1, group_size=1, prompt_len=1, max_new=1, temperature=1e-3,
-             epochs_per_rollout=1, minibatches=1, beta=0.0, lr=0.0, value_lr=0.0, steps=1,
-             eval_every=1, eval_prompts=1, save_every=1, micro_batch=0)
-    B, G = args.prompts_per_step, args.group_size
     updates = args.epochs_per_rollout * args.minibatches
-    if B * G % args.minibatches:
-        die(f"--minibatches {args.minibatches} doesn't divide the {B * G} answers of a step")
-    device, mine = ranks.start(args.device), ranks.share(B, "--prompts_per_step")
-    mine_rows = slice(mine.start * G, mine.stop * G)
-    autocast, dtype = pick_autocast(device, args.dtype)
-    torch.manual_seed(args.seed)
-    policy, tokenizer = checkpoint.load_policy(args.policy, device)
+    ranks.whole_parts(args.prompts_per_step * args.group_size, args.minibatches, "--minibatches")
+    device = ranks.start(args.device)
+    run = Run(args, COLUMNS + VALUE_COLUMNS, args.steps, device, program(), args.save_every)
+    policy, tokenizer = load_policy(args.policy, device)
     ref = copy.deepcopy(policy).requires_grad_(False)
-    prompts, held_out = load_prompts(args.prompts, args.data, tokenizer, args.prompt_len)
-    P, T = prompts.tokens.shape[1], args.max_new
-    if P + T > policy.config.block_size:
-        die(f"prompts of {P} tokens + --max_new {T} don't fit the policy's context of "
-            f"{policy.config.block_size} tokens: shorten one, or train π₀ with a larger --block_size")
-    score = load_scorer(args.reward, args.reward_model, args.policy, tokenizer, device)
     critic = ValueModel(policy.config).to(device).eval()
     critic.trunk.load_state_dict(policy.state_dict())
-    optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": args.lr},
-                                   {"params": critic.parameters(), "lr": args.value_lr}],
-                                  betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    start, seconds, samples, tokens_seen = 0, 0.0, 0, 0
-    if args.resume:
-        state = checkpoint.load_state(f"{args.out}/state.pth", args, "python train_ppo.py")
-        checkpoint.restore(state, args.out, model=policy, critic=critic, optimizer=optimizer)
-        start, seconds, samples, tokens_seen = (state[k] for k in ("step", "seconds", "samples", "tokens"))
-    policy.checkpointing = critic.trunk.checkpointing = args.grad_checkpoint
-    fast = {"step": compiled(policy.next_token, device), "score": compiled(policy.score, device),
-            "ref": compiled(ref.score, device)} if args.compile else {}
-    score_policy, score_ref = fast.get("score", policy.score), fast.get("ref", ref.score)
+    critic.trunk.checkpointing = args.grad_checkpoint
+    policy.checkpointing = args.grad_checkpoint
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer.add_param_group({"params": critic.parameters(), "lr": args.value_lr})
+    env = Environment(args, policy, tokenizer, run)
+    run.hold(checkpoint.about(policy, tokenizer), "policy", model=policy, critic=critic, optimizer=optimizer)
+    first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
-    def sample(asked, group_size, uniforms, step=None):
-        """Answers in float32: tokens (N, P + T), logp (N, T), mask (N, T), and their texts."""
-        pad = None if asked.pad is None else asked.pad.to(device)
-        tokens, logp, mask = policy.generate(
-            asked.tokens.to(device), T, group_size, args.temperature, stop=tokenizer.stops,
-            uniforms=uniforms.to(device), pad=pad, compiled=step)
-        return tokens, logp, mask, completions(tokens[:, P:], mask, tokenizer)
+    for step in run.steps():
+        due = step % args.eval_every == 0
+        held_out = {} if not due else first if step == run.start else env.evaluate(policy)
+        run.start_clock()
 
-    def evaluate():
-        """Mean reward and gold score of one answer each to held-out prompts, always the same draws."""
-        asked = held_out.pick(torch.arange(len(held_out.texts))[:args.eval_prompts])
-        uniforms = torch.rand(len(asked.texts), T, generator=step_generator(args.seed, 10**6))
-        tokens, _, mask, texts = sample(asked, 1, uniforms)
-        gold = JUDGES[args.gold](texts, asked.texts)
-        return {"eval_r": score(tokens, mask, asked, texts).mean(), "eval_gold": sum(gold) / len(gold)}
-
-    def save(step):
-        common = {"model": policy, "tokenizer": tokenizer}
-        checkpoint.save(f"{args.out}/policy.pth", "policy", **common)
-        checkpoint.save(f"{args.out}/state.pth", "state", **common, critic=critic.state_dict(),
-                        optimizer=optimizer.state_dict(), step=step, seconds=seconds, samples=samples,
-                        tokens=tokens_seen, args=asdict(args), threads=torch.get_num_threads())
-
-    first = evaluate()  # before anything is written: the reward is the user's, and may fail
-    write_run_record(args.log, args, device=str(device), dtype=dtype)
-    log = Log(args.log, COLUMNS, args.steps, start, args.track, asdict(args))
-    interrupt = Interrupt()
-    for step in range(start, args.steps):
-        if step % args.save_every == 0:
-            save(step)
-        row = {}
-        if step % args.eval_every == 0:
-            row = first if step == start else evaluate()
-        clock = time.perf_counter()
-
-        # ---- rollout: G answers to each of B prompts, of which `mine` are this process's ----
+        # ---- rollout: G answers to each of B prompts ----
         generator = step_generator(args.seed, step)
-        index = torch.randperm(len(prompts.texts), generator=generator)[:B]
-        if len(index) < B:
-            index = torch.randint(len(prompts.texts), (B,), generator=generator)
-        uniforms = torch.rand(B, G, T, generator=generator)[mine].flatten(0, 1)
-        asked, asked_each = prompts.pick(index[mine]), prompts.pick(index[mine], G)
-        tokens, logp_old, mask, texts = sample(asked, G, uniforms, fast.get("step"))
-        length = T if fast else max(ranks.gather([int(mask.any(0).sum())]))  # nothing lies behind the longest
-        tokens, logp_old, mask = tokens[:, :P + length], logp_old[:, :length], mask[:, :length]
-        pad = None if asked_each.pad is None else asked_each.pad.to(device)
+        answers = env.rollout(policy, generator)  # tokens (b, G, P + T), logp and mask (b, G, T)
 
-        # ---- reward: the score, on the last real token ----
-        reward = score(tokens, mask, asked_each, texts)  # (N,)
+        # ---- reward ----
+        reward = ranks.gather(env.reward(answers))  # (B, G)
+        answers = answers.ungrouped()  # PPO compares no answers: from here on G is 1, and b counts answers
 
-        # ---- old and reference log-probabilities, and the values ----
-        rows_each = torch.arange(len(mask)).split(args.micro_batch or B * G)
+        # ---- old and reference log-probabilities ----
+        with torch.no_grad():
+            logp_ref = env.score(ref, answers)[0]  # (b, G, T)
+            logp_old = answers.logp  # in float32 the sampler's are those of a score, to 1e-5
+            if run.dtype != "fp32":
+                logp_old = env.score(policy, answers)[0]
+            value_old = env.value(critic, answers)  # (b, G, T)
 
-        def pads(rows):
-            return None if pad is None else pad[rows]
-        with torch.no_grad(), autocast():
-            logp_ref = torch.cat([score_ref(tokens[r], P, args.temperature, pads(r))[0] for r in rows_each])
-            if dtype != "fp32":  # in float32 the sampler's own are these to 1e-5
-                logp_old = torch.cat([score_policy(tokens[r], P, args.temperature, pads(r))[0]
-                                      for r in rows_each])
-            value_old = torch.cat([critic(tokens[r, :-1], pads(r))[:, P - 1:] for r in rows_each])  # (N, T)
-
-        # ---- advantage: what the value network didn't expect ----
-        per_token = -args.beta * (logp_old - logp_ref)
-        last = mask.sum(1, keepdim=True) - 1  # (N, 1)
-        per_token = per_token.scatter_add(1, last, reward.to(device)[:, None])
-        adv, returns = gae(per_token, value_old, mask, args.gamma, args.lam)
-        mask_all, reward = ranks.gather(mask), ranks.gather(reward)
-        adv_all = whiten(ranks.gather(adv), mask_all)
-        adv = adv_all[mine_rows]
+        # ---- advantage: what the value network did not expect ----
+        paid = reward.to(device).view(-1, 1)[answers.share]
+        earned = token_reward(paid, logp_old, logp_ref, answers.mask, args.beta)  # (b, G, T)
+        adv, returns = gae(earned, value_old, answers.mask, args.gamma, args.lam)
+        adv_all = whiten(ranks.gather(adv), ranks.gather(answers.mask))  # (B, G, T)
+        adv = adv_all[answers.share]
 
         # ---- update: losses of micro-batches and processes add up, the denominators are those of all ----
-        sums = {}
-        for epoch in range(args.epochs_per_rollout):
-            for batch in torch.randperm(B * G, generator=generator).chunk(args.minibatches):
-                n_tokens, losses = mask_all[batch].sum(), {}
-                for rows in ranks.local(batch, mine_rows, args.micro_batch):
-                    m = mask[rows]
-                    with autocast():
-                        logp, entropy = score_policy(tokens[rows], P, args.temperature, pads(rows))
-                        value = critic(tokens[rows, :-1], pads(rows))[:, P - 1:]
-                    loss, stats = ppo_policy_loss(logp, logp_old[rows], adv[rows], m, args.eps)
-                    loss_v, stats_v = value_loss(value, value_old[rows], returns[rows], m, args.value_clip)
-                    weight = m.sum() / n_tokens
-                    loss = (loss + loss_v) * weight  # the two share no parameters: each has its own rate
+        for _ in range(args.epochs_per_rollout):
+            for batch in torch.randperm(answers.total, generator=generator).chunk(args.minibatches):
+                n_tokens = ranks.count(answers.mask, batch, answers.share)
+                for rows in ranks.local(batch, answers.share, args.micro_batch):
+                    logp, entropy = env.score(policy, answers, rows)
+                    mask = answers.mask[rows]
+                    weight = mask.sum() / n_tokens
+                    loss, stats = ppo_policy_loss(logp, logp_old[rows], adv[rows], mask, args.eps)
+                    loss_v, stats_v = value_loss(env.value(critic, answers, rows), value_old[rows],
+                                                 returns[rows], mask, args.value_clip)
+                    loss = (loss + loss_v) * weight  # they share no parameters: each has its own rate
                     loss.backward()
-                    add(losses, {"loss": loss.detach()})
-                    stats |= stats_v | {"entropy": masked_mean(entropy, m),
-                                        "ref_logp": masked_mean(logp_ref[rows], m),
-                                        "kl": masked_mean(kl_penalty(logp.detach(), logp_ref[rows]), m)}
-                    add(sums, stats, weight / updates)
-                ranks.add_gradients(policy)
-                ranks.add_gradients(critic)
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
-                torch.nn.utils.clip_grad_norm_(critic.parameters(), args.grad_clip)
-                checkpoint.finite(step, args.out, grad_norm=grad_norm, **losses)
-                optimizer.step()
-                optimizer.zero_grad()
-                add(sums, losses, 1 / updates)
-                add(sums, {"grad_norm": grad_norm}, 1 / updates / ranks.world())
+                    stats |= stats_v | token_stats(logp, logp_ref[rows], entropy, mask)
+                    run.add(stats, weight / updates)
+                    run.add({"loss": loss.detach()}, 1 / updates)
+                run.update(optimizer, policy, critic, grad_clip=args.grad_clip, weight=1 / updates)
 
         # ---- log ----
-        elapsed = time.perf_counter() - clock
-        new_tokens, texts = int(mask_all.sum()), ranks.gather(texts)
-        seconds, samples, tokens_seen = seconds + elapsed, samples + B * G, tokens_seen + new_tokens
-        gold = JUDGES[args.gold](texts, prompts.pick(index, G).texts)
-        groups = reward.view(B, G)
-        frac_zero_std = None if G == 1 else (groups == groups[:, :1]).all(1).float().mean()
-        sums = ranks.total(sums)
-        sums.pop("pg_loss")
-        sums["explained_variance"] = explained_variance(*map(ranks.gather, (value_old, returns, mask)))
-        log.write(step=step, mean_r=reward.mean(), token_adv=masked_mean(adv_all.abs(), mask_all),
-                  samples=samples, tokens=tokens_seen, seconds=seconds, gold=sum(gold) / len(gold),
-                  length=new_tokens / (B * G), distinct=distinct(texts), frac_zero_std=frac_zero_std,
-                  tokens_per_s=new_tokens / elapsed, peak_mem_mb=peak_mem_mb(device), **sums, **row)
-        if max(ranks.gather([interrupt.asked])):
-            save(step + 1)
-            log.close()
-            interrupt.leave(resume_command())
-    save(args.steps)
-    log.close()
-    last = evaluate()
-    print(f"ppo: {args.steps} steps, {seconds:.0f} s; held-out reward {last['eval_r']:.2f}, "
-          f"{args.gold} {last['eval_gold']:.2f}; wrote {args.log} and {args.out}/policy.pth")
+        explained = explained_variance(*map(ranks.gather, (value_old, returns, answers.mask)))
+        run.write(**env.measure(answers, reward, adv_all), explained_variance=explained, **held_out)
+    run.finish()
+    env.conclude(policy)
     ranks.stop()
 
 

@@ -27,12 +27,13 @@ import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wa
 import torch  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
+import rollout  # noqa: E402
 import train_grpo  # noqa: E402
 from grpo import OBJECTIVES  # noqa: E402
-from model import GPT  # noqa: E402
+from model import GPT, load_policy  # noqa: E402
 from utils import checkpoint  # noqa: E402
 from utils.rewards import JUDGES  # noqa: E402
-from utils.task import load_prompts  # noqa: E402
+from utils.text import load_prompts  # noqa: E402
 from utils.tokenizer import BLANK_LINE, PATTERN  # noqa: E402
 
 NEVER = 10**9
@@ -122,21 +123,21 @@ def letter_share(completions, prompts, max_new=(64,), **columns):
 def phase_timers():
     """Yields a list that fills with (phase, seconds).
 
-    Rollout: GPT.generate; reference: GPT.score without a gradient; update: from the call of GPT.score with
-    one to the end of optimizer.step.
+    Rollout: generate; reference: score without a gradient; update: from the call of score with one to the
+    end of optimizer.step. Both are taken where rollout.py calls them.
     """
     spans, began = [], []
-    generate, score = GPT.generate, GPT.score
+    generate, score = rollout.generate, rollout.score
 
-    def timed_generate(self, *args, **kwargs):
+    def timed_generate(*args, **kwargs):
         clock = time.perf_counter()
-        result = generate(self, *args, **kwargs)
+        result = generate(*args, **kwargs)
         spans.append(("rollout", time.perf_counter() - clock))
         return result
 
-    def timed_score(self, *args, **kwargs):
+    def timed_score(*args, **kwargs):
         clock = time.perf_counter()
-        result = score(self, *args, **kwargs)
+        result = score(*args, **kwargs)
         if torch.is_grad_enabled():
             began.append(clock)
         else:
@@ -147,11 +148,11 @@ def phase_timers():
         spans.append(("update", time.perf_counter() - began.pop()))
 
     hook = register_optimizer_step_post_hook(after_step)
-    GPT.generate, GPT.score = timed_generate, timed_score
+    rollout.generate, rollout.score = timed_generate, timed_score
     try:
         yield spans
     finally:
-        GPT.generate, GPT.score = generate, score
+        rollout.generate, rollout.score = generate, score
         hook.remove()
 
 
@@ -207,7 +208,7 @@ def run_trl(folder, work, dtype):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # a name of an argument that TRL still takes
-    _, ours = checkpoint.load_policy(folder / "policy.pth")
+    _, ours = load_policy(folder / "policy.pth")
     prompts, _ = load_prompts(str(folder / "prompts.jsonl"), "auto", ours, work.prompt_len)
     objective, defaults = OBJECTIVES[work.objective], train_grpo.Args()
     learns = work.reward in JUDGES

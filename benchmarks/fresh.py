@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig, SIZES
-from reward_model import RewardModel
+from reward import RewardModel
 from utils import checkpoint
 from utils.cli import die
 from utils.tokenizer import Tokenizer

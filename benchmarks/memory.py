@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from floor import shared_by_itself
 from fresh import config_of, point, program, reward_config, train, weights
+from generate import score
 from model import GPT
 from ppo import ValueModel
-from reward_model import RewardModel
+from reward import RewardModel
 from utils.cli import atomic_write, die
 from utils.device import pick_autocast, write_run_record
 
@@ -63,7 +64,7 @@ def held(config, B, G, P, T, ppo, minibatches, autocast):
 
     def forward(policy, *critics):
         tokens = torch.zeros(rows, P + T, dtype=torch.long)
-        return [policy.score(tokens, P, 1.0, None, group), *(c(tokens[:, :-1]) for c in critics)]
+        return [score(policy, tokens, P, 1.0, None, group), *(c(tokens[:, :-1]) for c in critics)]
 
     def modules():
         return [GPT(config).eval(), *([ValueModel(config).eval()] if ppo else [])]

@@ -27,6 +27,7 @@ import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wa
 import torch  # noqa: E402
 
 from floor import bytes_moved, floors, flops, measure_machine, shared_by_itself, timed  # noqa: E402
+from generate import generate, next_token, score  # noqa: E402
 from grpo import OBJECTIVES, grpo_loss  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from utils.cli import at_least, atomic_write, die, parse  # noqa: E402
@@ -65,8 +66,10 @@ def work(config, B, G, P, T, shared, device, dtype, fast=False):
     policy = GPT(config).to(device).eval()
     ref = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-    step = compiled(policy.next_token, device) if fast else None
-    score, score_ref = [compiled(m.score, device) if fast else m.score for m in (policy, ref)]
+    step = compiled(lambda *read: next_token(policy, *read), device) if fast else None
+    score_policy, score_ref = (lambda *read, model=model: score(model, *read) for model in (policy, ref))
+    if fast:
+        score_policy, score_ref = compiled(score_policy, device), compiled(score_ref, device)
     tokens = torch.randint(config.vocab_size, (B * G, P + T), device=device)
     tokens[:, :P] = tokens[::G, :P].repeat_interleave(G, 0)
     uniforms, mask = torch.rand(B * G, T, device=device), torch.ones(B, G, T, dtype=torch.bool, device=device)
@@ -74,7 +77,7 @@ def work(config, B, G, P, T, shared, device, dtype, fast=False):
     logp_ref = []
 
     def rollout(length):
-        policy.generate(tokens[::G, :P], length, G, uniforms=uniforms[:, :length], compiled=step)
+        generate(policy, tokens[::G, :P], length, G, uniforms=uniforms[:, :length], fast_next_token=step)
 
     def reference():
         with torch.no_grad(), autocast():
@@ -82,7 +85,7 @@ def work(config, B, G, P, T, shared, device, dtype, fast=False):
 
     def update():
         with autocast():
-            logp = score(tokens, P, 1.0, None, group)[0].view(B, G, T)
+            logp = score_policy(tokens, P, 1.0, None, group)[0].view(B, G, T)
         loss, _ = grpo_loss(logp, logp.detach(), logp_ref[0], adv, mask, objective, max_len=T,
                             n_tokens=mask.sum(), n_answers=B * G)
         loss.backward()

@@ -82,7 +82,7 @@ def draw(rows, exponents, args):
     """Four panels, seconds against a factor on logarithmic axes, the floor as a line -> PNG bytes."""
     import matplotlib
     from matplotlib.figure import Figure
-    from plot import COLORS, STYLE
+    from utils.figure import COLORS, STYLE
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 6.4), layout="constrained")
         axes = figure.subplots(2, 2).flatten()
@@ -98,7 +98,7 @@ def draw(rows, exponents, args):
             ax.set(xscale="log", yscale="log", xlabel=label.format(*args.group_at), ylabel="s a step")
             if factor != "model":
                 ax.set_xticks(x, [str(value) for value in x])
-                ax.minorticks_off()
+                ax.xaxis.minorticks_off()  # those of y stay: less than a decade may hold no major one
             if found:
                 ax.legend()
         image = io.BytesIO()

@@ -34,7 +34,7 @@ from engines import side_by_side  # noqa: E402  (engines first: it puts the root
 
 import torch  # noqa: E402
 
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, load_policy  # noqa: E402
 from train_grpo import Args as Defaults  # noqa: E402
 from utils import checkpoint  # noqa: E402
 from utils.cli import at_least, atomic_write, die, need, parse  # noqa: E402
@@ -150,7 +150,7 @@ def summary(turns, warmup):
 
 # ---- what is learned ----
 def learn(args, folder):
-    model, tokenizer = checkpoint.load_policy(args.policy)
+    model, tokenizer = load_policy(args.policy)
     if tokenizer.name != "bpe":
         die(f"--policy {args.policy} has the tokenizer {tokenizer.name!r}: wanted bpe, whose stop is one "
             "token as TRL's must be: run `python sft.py`")

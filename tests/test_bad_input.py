@@ -26,7 +26,7 @@ import sample
 import sft
 import train_grpo
 import train_ppo
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_policy
 from utils import checkpoint, text
 from utils.cli import atomic_write
 from utils.device import pick_device
@@ -439,7 +439,7 @@ def test_a_full_disk_under_a_checkpoint(folder):
 
 def test_a_full_disk_while_a_checkpoint_is_replaced(refused, folder):
     """The same in this process, at many limits: whatever write fails first, the old file is there, whole."""
-    policy, tokenizer = checkpoint.load_policy(tiny() / "policy.pth")
+    policy, tokenizer = load_policy(tiny() / "policy.pth")
     checkpoint.save("p.pth", "policy", policy, tokenizer)
     size, soft = os.path.getsize("p.pth"), resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (1, 4096, size // 3, size // 2, size - 4096, size - 1):
@@ -449,7 +449,7 @@ def test_a_full_disk_while_a_checkpoint_is_replaced(refused, folder):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, soft)
         assert files(folder) == ["p.pth"]
-        checkpoint.load_policy("p.pth")
+        load_policy("p.pth")
 
 
 # ---- device ----

@@ -18,7 +18,9 @@ vs_trl = importlib.util.module_from_spec(spec)
 sys.modules["vs_trl"] = vs_trl
 spec.loader.exec_module(vs_trl)  # it puts engines.py on the path
 import engines  # noqa: E402
+import rollout  # noqa: E402
 
+from generate import score  # noqa: E402
 from grpo import OBJECTIVES, grpo_loss  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from utils import checkpoint  # noqa: E402
@@ -50,24 +52,24 @@ def test_an_answer_that_ended_early_is_refused():
 
 
 def test_phase_timers_name_each_span_and_leave_nothing_behind():
-    """The model slowed by hand in each phase: its span is at least as long; afterwards GPT is what it was."""
-    before = GPT.generate, GPT.score
+    """The model slowed by hand in each phase: its span is at least as long; afterwards all is as it was."""
+    before = rollout.generate, rollout.score
     model = GPT(GPTConfig(5, 8, n_layer=1, n_head=1, n_embd=8))
     model.ln_f.register_forward_hook(lambda *_: time.sleep(0.03))
     optimizer = torch.optim.AdamW(model.parameters())
     tokens = torch.zeros(2, 6, dtype=torch.long)
     with engines.phase_timers() as spans:
-        model.generate(tokens[:, :4], 2)
+        rollout.generate(model, tokens[:, :4], 2)
         with torch.no_grad():
-            model.score(tokens, 4)
-        logp, _ = model.score(tokens, 4)
+            rollout.score(model, tokens, 4)
+        logp, _ = rollout.score(model, tokens, 4)
         time.sleep(0.05)
         logp.sum().backward()
         optimizer.step()
     assert [name for name, _ in spans] == ["rollout", "reference", "update"]
     assert spans[0][1] >= 0.06 and spans[1][1] >= 0.03 and spans[2][1] >= 0.08
     optimizer.step()
-    assert len(spans) == 3 and (GPT.generate, GPT.score) == before
+    assert len(spans) == 3 and (rollout.generate, rollout.score) == before
 
 
 @pytest.mark.slow
@@ -230,7 +232,7 @@ def test_trls_own_steps_have_our_loss_and_gradient(objective, tmp_path, monkeypa
     for step, ((inputs, loss), norm) in enumerate(zip(seen, norms)):
         policy = GPT.from_pretrained(tmp_path / f"step{step}").eval()
         tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        logp, logp_ref = (m.score(tokens, 4)[0].view(4, 4, -1) for m in (policy, ref))
+        logp, logp_ref = (score(m, tokens, 4)[0].view(4, 4, -1) for m in (policy, ref))
         ours, _ = grpo_loss(logp, logp.detach(), logp_ref.detach(), inputs["advantages"].view(4, 4),
                             inputs["completion_mask"].view(4, 4, -1), wanted, max_len=8)
         ours.backward()

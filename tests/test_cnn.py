@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from helpers import ROOT, cli, files, numbers, plain, read_csv, weights
 from PIL import Image
 
-import plot
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from utils import checkpoint
+from utils import checkpoint, figure
 from utils.log import SHARED
-from utils.task import step_generator
+from utils.run import step_generator
 from vision import cnn, cnn_grpo, exact
 from vision.data import batches
 
@@ -520,8 +519,8 @@ def test_a_cnn_run_beside_a_text_run(folder):
     header = [*SHARED, "samples", "tokens", "seconds"]
     lines = [",".join(header), *(f"{i},0.1,{i / 9},0.01,2.5,0.8,{i * 8},{i * 80},{i}" for i in range(5))]
     Path("logs/grpo.csv").write_text("\n".join(lines) + "\n")
-    plot.plot_panels(["logs/grpo.csv", "logs/cnn.csv"], SHARED[1:], "both.png")
-    plot.plot_panels(["logs/grpo.csv"], SHARED[1:], "one.png")
+    figure.plot_panels(["logs/grpo.csv", "logs/cnn.csv"], SHARED[1:], "both.png")
+    figure.plot_panels(["logs/grpo.csv"], SHARED[1:], "one.png")
     assert Image.open("both.png").width > 300
     assert Path("both.png").read_bytes() != Path("one.png").read_bytes()
 

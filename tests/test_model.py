@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import GPT, SIZES, GPTConfig, inverse_cdf, plain_attention, sampling_logp
+from attention import GroupCache, PromptCache, plain_attention
+from generate import generate, inverse_cdf, sampling_logp, score
+from model import GPT, SIZES, GPTConfig
 
 V = 11
 
@@ -60,7 +62,7 @@ def slow_answer(model, prompt, uniforms, temperature=1.0, top_k=0, stop=()):
 def check_against_slow(prompt, G, T, pad=None, **kw):
     """generate() against slow_answer unpadded, against repeated prompts and score(); returns all lengths."""
     model, uniforms, P, lengths = tiny(), draws(len(prompt) * G, T), prompt.shape[1], set()
-    tokens, logp, mask = model.generate(prompt, T, G, uniforms=uniforms, pad=pad, **kw)
+    tokens, logp, mask = generate(model, prompt, T, G, uniforms=uniforms, pad=pad, **kw)
     pad = torch.zeros(len(prompt), dtype=torch.long) if pad is None else pad
     prompt, pad = prompt.repeat_interleave(G, 0), pad.repeat_interleave(G)
     for n, row in enumerate(prompt):
@@ -70,11 +72,11 @@ def check_against_slow(prompt, G, T, pad=None, **kw):
         assert torch.equal(tokens[n, :P], row) and tokens[n, P:P + L].tolist() == answer
         assert mask[n].tolist() == [True] * L + [False] * (T - L) and logp[n, L:].eq(0).all()
         close(logp[n, :L].tolist(), want)
-    repeated = model.generate(prompt, T, uniforms=uniforms, pad=pad, **kw)  # each row its own prefill
+    repeated = generate(model, prompt, T, uniforms=uniforms, pad=pad, **kw)  # each row its own prefill
     assert torch.equal(tokens, repeated[0]) and torch.equal(mask, repeated[2])
     close(logp, repeated[1])
     if not kw.get("top_k"):  # sampling and scoring are one policy, at every temperature
-        close(model.score(tokens, P, kw.get("temperature", 1.0), pad)[0][mask], logp[mask])
+        close(score(model, tokens, P, kw.get("temperature", 1.0), pad)[0][mask], logp[mask])
     return lengths
 
 
@@ -91,7 +93,7 @@ def test_left_padded_prompts_with_stops_answer_like_the_unpadded_alone():
 
 def test_score_is_the_definition_in_value_entropy_and_gradient():
     model, tokens = tiny(), prompts(2, 9)
-    logp, entropy = model.score(tokens, 4, 0.6)
+    logp, entropy = score(model, tokens, 4, 0.6)
     dist = (model(tokens)[:, 3:-1].double() / 0.6).log_softmax(-1)
     want = dist.gather(-1, tokens[:, 4:, None])[..., 0]
     close(logp.double(), want)
@@ -105,9 +107,9 @@ def scripted(script):
     model, reads, script = tiny(), [], torch.tensor(script)
     hidden = model.hidden
 
-    def watched(tokens, *args):
+    def watched(tokens, *args, **kw):
         reads.append(tuple(tokens.shape))
-        return hidden(tokens, *args)
+        return hidden(tokens, *args, **kw)
 
     model.hidden = watched
     model.logits = lambda _: 50.0 * F.one_hot(script[:, len(reads) - 1], V)
@@ -118,12 +120,12 @@ def test_stops_by_hand():
     script = [[1, 5, 2, 2, 5, 1], [3, 3, 4, 1, 5, 1], [4, 3, 1, 4, 2, 0], [3, 1, 4, 3, 3, 4]]
     want = [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1] * 6, [1] * 6]  # the 3 before row 2 is its prompt's
     model, reads = scripted(script)
-    tokens, logp, mask = model.generate(torch.tensor([[0, 1], [7, 3]]), 6, 2, stop=[(5,), (3, 4)])
+    tokens, logp, mask = generate(model, torch.tensor([[0, 1], [7, 3]]), 6, 2, stop=[(5,), (3, 4)])
     assert mask.dtype == torch.bool and mask.int().tolist() == want and logp[~mask].eq(0).all()
     assert torch.equal(tokens[:, 2:][mask], torch.tensor(script)[mask])
     assert reads == [(2, 2)] + [(4, 1)] * 5  # two prompts read once, the last action by nobody
     model, reads = scripted(script[:2])
-    tokens, logp, mask = model.generate(torch.tensor([[0, 1]]), 6, 2, stop=[(5,), (3, 4)])
+    tokens, logp, mask = generate(model, torch.tensor([[0, 1]]), 6, 2, stop=[(5,), (3, 4)])
     assert mask.int().tolist() == want[:2] and tokens.shape == (2, 8) and logp.shape == (2, 6)
     assert reads == [(1, 2)] + [(2, 1)] * 2  # all answers have ended: so does the loop
 
@@ -131,17 +133,17 @@ def test_stops_by_hand():
 def test_what_padding_and_the_tokens_after_a_stop_hold_changes_nothing():
     model, prompt, pad, u = tiny(), prompts(4, 6), torch.tensor([0, 2, 5, 3]), draws(8, 10)
     other = torch.where(torch.arange(6) < pad[:, None], (prompt + 4) % V, prompt)
-    a, b = (model.generate(p, 10, 2, uniforms=u, pad=pad, stop=[(3,)]) for p in (prompt, other))
+    a, b = (generate(model, p, 10, 2, uniforms=u, pad=pad, stop=[(3,)]) for p in (prompt, other))
     mask, pad, tokens, changed = a[2], pad.repeat_interleave(2), a[0], b[0].clone()
     assert torch.equal(mask, b[2]) and not mask.all() and torch.equal(tokens[:, 6:], changed[:, 6:])
     close(a[1], b[1])
     changed[:, 6:][~mask] = (changed[:, 6:][~mask] + 5) % V
-    for x, y in zip(model.score(tokens, 6, pad=pad), model.score(changed, 6, pad=pad)):
+    for x, y in zip(score(model, tokens, 6, pad=pad), score(model, changed, 6, pad=pad)):
         close(x[mask], y[mask])
         assert (x[~mask] - y[~mask]).abs().max() > 0.1  # what was changed does matter to what comes after it
-    without = model.score(tokens, 6)[0] - model.score(changed, 6)[0]
+    without = score(model, tokens, 6)[0] - score(model, changed, 6)[0]
     assert without[mask].abs().max() > 0.1  # nor is `pad` idle
-    model.score(tokens, 6, pad=pad)[0].sum().backward()
+    score(model, tokens, 6, pad=pad)[0].sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -167,9 +169,9 @@ def test_attention_written_out_is_pytorchs(first):
 def test_scores_in_bfloat16_are_near_those_in_float32(group, pad):
     model, pad = tiny(), None if pad is None else torch.tensor(pad)
     tokens = torch.cat([prompts(2, 6).repeat_interleave(2, 0), torch.randint(V, (4, 9))], 1)
-    exact = model.score(tokens, 6, 1.0, pad, group)
+    exact = score(model, tokens, 6, 1.0, pad, group)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = model.score(tokens, 6, 1.0, pad, group)
+        rounded = score(model, tokens, 6, 1.0, pad, group)
     for a, b in zip(exact, rounded):
         assert b.dtype == torch.float32 and a.std() > 0.3
         close(a, b, 0.1)
@@ -179,21 +181,23 @@ def test_scores_in_bfloat16_are_near_those_in_float32(group, pad):
 @pytest.mark.parametrize("first", [8, 1])
 def test_a_prompt_read_in_two_pieces_through_the_cache(first):
     model, tokens = tiny(), prompts(2, 9)
-    cache = [[] for _ in model.h]
-    head = model.hidden(tokens[:, :first], cache=cache)
-    close(torch.cat([head, model.hidden(tokens[:, first:], cache=cache, t0=first)], 1), model.hidden(tokens))
+    for size in (0, 9 - first):  # the rest comes whole, or into a buffer
+        prompt_cache = PromptCache()
+        head = model.hidden(tokens[:, :first], cache=prompt_cache)
+        rest = model.hidden(tokens[:, first:], cache=GroupCache(prompt_cache, 1, size))
+        close(torch.cat([head, rest], 1), model.hidden(tokens))
 
 
 def test_one_seed_one_answer_and_each_process_answers_its_slice_as_the_whole_batch_does():
     model, prompt = tiny(), prompts(4, 5)
     kw = {"max_new": 9, "group_size": 3, "stop": [(3,)]}
-    same, again, other = (model.generate(prompt, generator=seeded(s), **kw) for s in (7, 7, 8))
-    whole = model.generate(prompt, uniforms=draws(12, 9), **kw)  # draws: from seed 7 too
+    same, again, other = (generate(model, prompt, generator=seeded(s), **kw) for s in (7, 7, 8))
+    whole = generate(model, prompt, uniforms=draws(12, 9), **kw)  # draws: from seed 7 too
     assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(same, again, whole))
     assert not torch.equal(same[0], other[0])
     for low, high in [(0, 1), (1, 4)]:
         rows = slice(3 * low, 3 * high)
-        tokens, logp, mask = model.generate(prompt[low:high], uniforms=draws(12, 9)[rows], **kw)
+        tokens, logp, mask = generate(model, prompt[low:high], uniforms=draws(12, 9)[rows], **kw)
         assert torch.equal(mask, whole[2][rows])
         assert torch.equal(tokens[:, 5:][mask], whole[0][rows, 5:][mask])
         close(logp, whole[1][rows])
@@ -202,7 +206,7 @@ def test_one_seed_one_answer_and_each_process_answers_its_slice_as_the_whole_bat
 def test_answers_follow_the_models_distribution():
     """Chi-square, 10 degrees of freedom: above 50 with probability 2.7e-7 (the seed is fixed anyway)."""
     model, prompt, n = tiny(), prompts(1, 5), 20000
-    tokens, _, _ = model.generate(prompt, 1, n, 2.0, generator=seeded(3))
+    tokens, _, _ = generate(model, prompt, 1, n, 2.0, generator=seeded(3))
     want = n * (model(prompt)[0, -1] / 2.0).softmax(-1)
     assert want.min() > 5
     assert ((tokens[:, 5].bincount(minlength=V) - want) ** 2 / want).sum() < 50
@@ -231,12 +235,12 @@ def test_evenly_spaced_uniforms_give_every_action_its_share_and_none_to_probabil
 
 
 def reference_sampling(logits, top_k, top_p):
-    """Top-k keeps all that tie with the k-th; then top-p keeps the likeliest until their mass reaches p."""
+    """Top-k keeps all that tie with the k-th; then top-p keeps the likeliest until their mass is past p."""
     cut = sorted(logits, reverse=True)[min(top_k, len(logits)) - 1] if top_k else -math.inf
     weight = [math.exp(x) if x >= cut else 0.0 for x in logits]
     kept = []
     for i in sorted(range(len(logits)), key=lambda i: -weight[i]):
-        if weight[i] and sum(weight[j] for j in kept) < top_p * sum(weight):
+        if weight[i] and sum(weight[j] for j in kept) <= top_p * sum(weight):
             kept.append(i)
     total = sum(weight[i] for i in kept)
     return [math.log(weight[i] / total) if i in kept else -math.inf for i in range(len(logits))]
@@ -255,7 +259,7 @@ def test_top_k_and_top_p_against_plain_python(size, top_k, top_p, seed):
     ([0.4, 0.3, 0.2, 0.1], 0, 0.5, [1, 1, 0, 0]),
     ([0.4, 0.3, 0.2, 0.1], 2, 0.5, [1, 0, 0, 0]),  # top_k comes first: 0.4/0.7 reaches 0.5 alone
     ([0.2, 0.5, 0.3], 0, 0.0, [0, 1, 0]),
-    ([0.5, 0.25, 0.25], 0, 0.5, [1, 0, 0])])  # top_p is reached exactly
+    ([0.5, 0.25, 0.25], 0, 0.5, [1, 1, 0])])  # top_p is reached exactly, so one more stays, as in LlamaGen
 def test_top_k_and_top_p_by_hand(p, top_k, top_p, kept):
     assert sampling_logp(torch.tensor([p]).log(), top_k, top_p).isfinite().int().tolist() == [kept]
 
@@ -264,14 +268,14 @@ def test_too_long_names_both_numbers():
     with pytest.raises(ValueError, match=r"\b25\b.*\b24\b"):
         tiny()(prompts(1, 25))
     with pytest.raises(ValueError, match=r"\b20\b.*\b5\b.*\b24\b"):
-        tiny().generate(prompts(1, 20), 5)
-    assert tiny().generate(prompts(1, 20), 4)[0].shape == (1, 24)
-    assert tiny().score(prompts(1, 25), 20)[0].shape == (1, 5)  # the last token is never read
+        generate(tiny(), prompts(1, 20), 5)
+    assert generate(tiny(), prompts(1, 20), 4)[0].shape == (1, 24)
+    assert score(tiny(), prompts(1, 25), 20)[0].shape == (1, 5)  # the last token is never read
 
 
 def test_a_fresh_model_knows_nothing_and_dropout_sleeps_in_eval():
     torch.manual_seed(0)
-    logp, entropy = GPT(GPTConfig(512, 32, *SIZES["nano"])).score(torch.randint(512, (8, 33)), 1)
+    logp, entropy = score(GPT(GPTConfig(512, 32, *SIZES["nano"])), torch.randint(512, (8, 33)), 1)
     # tied rows of std 0.55/√C against a normed state of length √C: logits of std 0.55, so ln V ± 0.55²/2
     assert abs(-logp.mean() - math.log(512)) < 0.2 and abs(entropy.mean() - math.log(512)) < 0.2
     dropped, x = tiny(dropout=0.5), prompts(2, 9)
@@ -303,7 +307,7 @@ def test_from_pretrained_agrees_with_transformers(hf, tmp_path):
     attention[1, :4] = attention[2, :1] = 0
     greedy = theirs.generate(prompt, attention_mask=attention, do_sample=False, max_new_tokens=12,
                              eos_token_id=None, pad_token_id=0)
-    assert torch.equal(mine.generate(prompt, 12, top_k=1, pad=torch.tensor([0, 4, 1]))[0], greedy)
+    assert torch.equal(generate(mine, prompt, 12, top_k=1, pad=torch.tensor([0, 4, 1]))[0], greedy)
     # OpenAI's own file on the hub has no "transformer." in its names and keeps the causal mask as a buffer
     weights = {k.removeprefix("transformer."): w for k, w in load_file(folder / "model.safetensors").items()}
     save_file(weights | {"h.0.attn.bias": torch.ones(1, 1, 24, 24)}, tmp_path / "model.safetensors")

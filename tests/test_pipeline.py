@@ -26,11 +26,12 @@ import sft
 import train_grpo
 import train_ppo
 from grpo import OBJECTIVES
+from model import load_policy
+from reward import RewardModel, load_reward_model, load_scorer
 from utils import checkpoint
 from utils.log import SHARED
 from utils.rewards import JUDGES
-from utils.task import load_prompts, load_scorer
-from utils.text import completions
+from utils.text import completions, load_prompts
 
 RL_SCRIPTS = {"grpo": train_grpo, "ppo": train_ppo}
 
@@ -182,11 +183,11 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(stage, monkeypatch, cap
 
 # ---- checkpoints ----
 def test_a_checkpoint_goes_there_and_back(folder):
-    policy, tokenizer = checkpoint.load_policy(tiny() / "policy.pth")
+    policy, tokenizer = load_policy(tiny() / "policy.pth")
     checkpoint.save("p.pth", "policy", policy, tokenizer, more=[1, 2])
     content = torch.load("p.pth", weights_only=True)  # runs no code
     assert {"format", "kind", "config", "tokenizer", "model"} <= content.keys() and content["more"] == [1, 2]
-    again, tokens = checkpoint.load_policy("p.pth")
+    again, tokens = load_policy("p.pth")
     assert again.config == policy.config and not again.training
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), policy.state_dict().values()))
     text = "ROMEO:\nO, speak again, bright angel! – 世界\n\nNURSE:\n"
@@ -202,7 +203,7 @@ def failing(*args):
 @pytest.mark.parametrize("cut", ["os.fsync fails", "os.replace fails",
                          "SIGKILL in os.fsync", "SIGKILL in os.replace"])
 def test_cut_off_while_a_checkpoint_is_written(cut, monkeypatch, folder):
-    policy, tokenizer = checkpoint.load_policy(tiny() / "policy.pth")
+    policy, tokenizer = load_policy(tiny() / "policy.pth")
     checkpoint.save("p.pth", "policy", policy, tokenizer)
     before = weights("p.pth")
     with torch.no_grad():
@@ -228,7 +229,7 @@ def test_cut_off_while_a_checkpoint_is_written(cut, monkeypatch, folder):
         assert left.value.code == 2
         assert files(folder) == ["p.pth"]
     assert torch.equal(weights("p.pth"), before)
-    checkpoint.load_policy("p.pth")
+    load_policy("p.pth")
 
 
 def test_not_finite_stops_before_the_weights_and_the_checkpoint(monkeypatch, capsys):
@@ -378,7 +379,7 @@ def scored(model, tokens, mask, pad=None):
 def test_pools_and_padding(pool):
     """Against the sum, or the last one, of per-token scalars, read answer by answer without any padding."""
     torch.manual_seed(0)
-    rm = reward_model.RewardModel(model.GPTConfig(50, 32, 2, 2, 16), pool).eval()
+    rm = RewardModel(model.GPTConfig(50, 32, 2, 2, 16), pool).eval()
     torch.nn.init.normal_(rm.head.weight)
     rm.mean.fill_(0.3)
     rm.std.fill_(2.0)
@@ -423,9 +424,9 @@ def test_a_separable_set_is_ordered_at_100_percent(pool, folder, capsys):
                  "--epochs", 12, "--batch_size", 15, "--lr", 3e-3, "--device", "cpu", "--dtype", "fp32")
     assert result["held_out_accuracy"] == 1.0
     assert "held-out accuracy 1.000" in capsys.readouterr().out
-    rm, content = reward_model.load_reward_model("out/reward/reward.pth")
+    rm, content = load_reward_model("out/reward/reward.pth")
     assert content["pool"] == pool and rm.pool == pool
-    _, tokenizer = checkpoint.load_policy(tiny() / "policy.pth")
+    _, tokenizer = load_policy(tiny() / "policy.pth")
     pairs = reward_model.read_pairs("pairs.jsonl", tokenizer, rm.config.block_size)
     for i in range(50):  # one by one, so that no neighbour can lend its score
         tokens, mask, pad = pairs.pick(torch.tensor([i])).batch("cpu")
@@ -436,10 +437,10 @@ def test_a_separable_set_is_ordered_at_100_percent(pool, folder, capsys):
 
 def test_scores_are_normalised_on_held_out_answers():
     args = reward_model.Args(data="play", held_out_pairs=64, prompt_len=16, max_new=12)
-    policy, tokenizer = checkpoint.load_policy(tiny() / "policy.pth")
+    policy, tokenizer = load_policy(tiny() / "policy.pth")
     prompts = load_prompts("", "play", tokenizer, 16)[1]
     pairs, texts = reward_model.sample_pairs(policy, tokenizer, prompts, 64, args, 1)
-    rm, content = reward_model.load_reward_model(tiny() / "reward.pth")
+    rm, content = load_reward_model(tiny() / "reward.pth")
     tokens, mask, pad = pairs.batch("cpu")
     score = scored(rm, tokens, mask, pad)
     assert abs(score.mean()) < 1e-4 and abs(score.std() - 1) < 1e-3
@@ -460,7 +461,7 @@ def test_scores_are_normalised_on_held_out_answers():
 
 def test_labels_follow_bradley_terry():
     """Without noise the judge's favourite is always chosen; with much noise it is a coin's throw."""
-    policy, tokenizer = checkpoint.load_policy(tiny() / "policy.pth")
+    policy, tokenizer = load_policy(tiny() / "policy.pth")
     prompts = load_prompts("", "play", tokenizer, 16)[0]
 
     def favourite(temperature):

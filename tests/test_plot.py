@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plot
+from utils import figure
 from utils.cli import parse
 from utils.log import SHARED, Log
 
@@ -19,7 +20,7 @@ ROOT = Path(plot.__file__).parent
 OKABE_ITO = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
 DESIGN_COLUMNS = ("step loss mean_r kl entropy token_adv samples tokens seconds gold length distinct "
                   "ref_logp clip_frac grad_norm frac_zero_std eval_r tokens_per_s peak_mem_mb").split()
-DRAW = plot.draw  # some tests watch what it is given
+DRAW = figure.draw  # some tests watch what it is given
 
 
 def write(path, **columns):
@@ -33,8 +34,8 @@ def write(path, **columns):
 def drawn(files, *metrics, x="step", smooth=1, optional=False):
     """The figure as draw() leaves it, before any file."""
     from matplotlib.figure import Figure
-    fig, runs = Figure(), plot.read_runs(files)
-    plot.draw(fig, runs, plot.collect(runs, metrics, x, smooth, optional), x)
+    fig, runs = Figure(), figure.read_runs(files)
+    figure.draw(fig, runs, figure.collect(runs, metrics, x, smooth, optional), x)
     return fig
 
 
@@ -108,10 +109,10 @@ def test_what_the_log_writes_is_what_is_drawn(tmp_path):
 def test_a_run_in_progress_a_bom_and_windows_line_ends(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"\xef\xbb\xbfstep, mean_r, kl\r\n0, 1.5, 2\r\n1, 2.5")
-    (frame,) = plot.read_runs([path])["a"]
+    (frame,) = figure.read_runs([path])["a"]
     assert list(frame.columns) == ["step", "mean_r", "kl"]
-    same(plot.curve(frame, "mean_r"), [0, 1], [1.5, 2.5])
-    same(plot.curve(frame, "kl"), [0], [2])
+    same(figure.curve(frame, "mean_r"), [0, 1], [1.5, 2.5])
+    same(figure.curve(frame, "kl"), [0], [2])
 
 
 # ---- the x axis ----
@@ -154,10 +155,11 @@ def test_seeds_are_smoothed_before_the_band(tmp_path):
 
 def test_the_figure_says_that_it_is_smoothed(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(plot, "draw", lambda fig, *rest: (DRAW(fig, *rest), seen.append(fig.get_supxlabel())))
+    monkeypatch.setattr(figure, "draw",
+                        lambda fig, *rest: (DRAW(fig, *rest), seen.append(fig.get_supxlabel())))
     a = write(tmp_path / "a.csv", step=[0, 1], kl=[1, 2])
     for n in (1, 7):
-        plot.plot_panels([a], ["kl"], tmp_path / "f.png", smooth=n, dpi=30)
+        figure.plot_panels([a], ["kl"], tmp_path / "f.png", smooth=n, dpi=30)
     assert seen == ["step", "step · moving average of 7"]
 
 
@@ -217,10 +219,10 @@ def test_band_and_average_against_loops(seeds, steps, n, data):
         known = [(t, v) for t, v in enumerate(values) if v is not None]
         want = [sum(v for _, v in known[max(0, i - n + 1):i + 1]) / min(n, i + 1) for i in range(len(known))]
         frame = pd.DataFrame({"step": range(steps + 2), "kl": values}, dtype=float)
-        curves.append(plot.curve(frame, "kl", "step", n))
+        curves.append(figure.curve(frame, "kl", "step", n))
         np.testing.assert_allclose(curves[-1][0], [t for t, _ in known])
         np.testing.assert_allclose(curves[-1][1], want, atol=1e-9)
-    xs, mean, std = plot.band(curves)
+    xs, mean, std = figure.band(curves)
     assert list(xs) == sorted({x for grid, _ in curves for x in grid})
     for i, x in enumerate(xs):
         at = []
@@ -237,7 +239,7 @@ def test_band_and_average_against_loops(seeds, steps, n, data):
 # ---- grouping ----
 def grouped(tmp_path, *names):
     files = [write(tmp_path / name, step=[0], kl=[i]) for i, name in enumerate(names)]
-    return {name: [int(f.kl[0]) for f in frames] for name, frames in plot.read_runs(files).items()}
+    return {name: [int(f.kl[0]) for f in frames] for name, frames in figure.read_runs(files).items()}
 
 
 def test_seeds_are_grouped_by_name(tmp_path):
@@ -260,7 +262,7 @@ def test_a_run_without_seed_is_not_averaged_with_seeds(tmp_path, monkeypatch):
 def test_a_file_named_twice_is_one_seed(tmp_path):
     path = write(tmp_path / "logs" / "a-s0.csv", step=[0], kl=[0])
     again = tmp_path / "logs" / ".." / "logs" / "a-s0.csv"
-    assert [len(frames) for frames in plot.read_runs([path, str(path), again]).values()] == [1]
+    assert [len(frames) for frames in figure.read_runs([path, str(path), again]).values()] == [1]
 
 
 # ---- how it looks ----
@@ -295,16 +297,17 @@ def test_axes_have_units(tmp_path):
 
 # ---- panels ----
 def test_grid_is_the_overview_in_its_order_and_leaves_out_what_no_run_measured(tmp_path):
-    full = write(tmp_path / "grpo.csv", step=[0, 1], **{m: [i, i] for i, m in enumerate(plot.GRID)})
+    full = write(tmp_path / "grpo.csv", step=[0, 1], **{m: [i, i] for i, m in enumerate(figure.GRID)})
     sft = write(tmp_path / "sft.csv", step=[0, 1], loss=[3, 2], entropy=["", ""])
-    axes = drawn([full], *plot.GRID, optional=True).axes
+    axes = drawn([full], *figure.GRID, optional=True).axes
     assert [lines(ax)[0][1][0] for ax in axes] == [0, 1, 2, 3, 4, 5]
-    assert plot.GRID == ["mean_r", "gold", "kl", "entropy", "loss", "length"]
-    assert [len(lines(ax)) for ax in drawn([full, sft], *plot.GRID, optional=True).axes] == [1, 1, 1, 1, 2, 1]
-    late = drawn([sft, full], *plot.GRID, optional=True)  # the order is the grid's, whichever run comes first
-    assert [ax.get_ylabel() for ax in late.axes] == [plot.LABELS.get(m, m) for m in plot.GRID]
+    assert figure.GRID == ["mean_r", "gold", "kl", "entropy", "loss", "length"]
+    both = drawn([full, sft], *figure.GRID, optional=True)
+    assert [len(lines(ax)) for ax in both.axes] == [1, 1, 1, 1, 2, 1]
+    late = drawn([sft, full], *figure.GRID, optional=True)  # the grid's order, whichever run comes first
+    assert [ax.get_ylabel() for ax in late.axes] == [figure.LABELS.get(m, m) for m in figure.GRID]
     assert [t.get_text() for t in late.legends[0].get_texts()] == ["sft", "grpo"]
-    assert [ax.get_ylabel() for ax in drawn([sft], *plot.GRID, optional=True).axes] == ["loss"]
+    assert [ax.get_ylabel() for ax in drawn([sft], *figure.GRID, optional=True).axes] == ["loss"]
 
 
 def test_grid_does_not_count_a_seed_that_did_not_measure(tmp_path):
@@ -328,7 +331,7 @@ def test_metrics_of_the_command_line(tmp_path, monkeypatch, capsys, words, panel
     for name in "ab":
         write(Path(f"{name}.csv"), step=[0, 1], mean_r=[1, 2], gold=[1, 2], kl=[1, 2])
     seen = []
-    monkeypatch.setattr(plot, "draw", lambda *given: (DRAW(*given), seen.extend(given[2])))
+    monkeypatch.setattr(figure, "draw", lambda *given: (DRAW(*given), seen.extend(given[2])))
     run_main(monkeypatch, *words, "--output", "f.png", "--dpi", "30")
     assert seen == panels and capsys.readouterr().out == "f.png\n" and png_size("f.png")
 
@@ -344,17 +347,18 @@ def test_without_display_the_readme_command_writes_a_png_beside_the_first_csv(tm
     assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == ["grpo.csv", "grpo_mean_r.png", "ppo.csv"]
     import matplotlib.image
     pixels = (matplotlib.image.imread(tmp_path / "logs/grpo_mean_r.png")[:, :, :3] * 255).round().astype(int)
-    for color in plot.COLORS[:2]:  # both lines are really on it
+    for color in figure.COLORS[:2]:  # both lines are really on it
         assert (pixels == [int(color[i:i + 2], 16) for i in (1, 3, 5)]).all(2).sum() > 300
 
 
 def test_import_and_files_leave_matplotlib_as_it_was(tmp_path):
     write(tmp_path / "a.csv", step=[0, 1], kl=[0, 1])
     code = """import sys, plot
+from utils import figure
 assert not any(name.startswith("matplotlib") for name in sys.modules), "importing plot imports matplotlib"
 import matplotlib
 before = matplotlib.rcParams.copy()
-plot.plot_panels(["a.csv"], ["kl"], "f.png", dpi=30)
+figure.plot_panels(["a.csv"], ["kl"], "f.png", dpi=30)
 assert dict.items(before) == dict.items(matplotlib.rcParams), "settings changed"
 assert "matplotlib.pyplot" not in sys.modules, "pyplot picks a backend"
 """
@@ -390,13 +394,13 @@ def test_default_names(tmp_path, monkeypatch, capsys, words, name):
                                          ("f.svg", b"<?xml")])
 def test_output_formats(tmp_path, name, start):
     a = write(tmp_path / "a.csv", step=[0, 1], kl=[0, 1])
-    path = plot.plot_panels([a], ["kl"], output=str(tmp_path / name), dpi=30)
+    path = figure.plot_panels([a], ["kl"], output=str(tmp_path / name), dpi=30)
     assert path == tmp_path / name and path.read_bytes().startswith(start)
 
 
 def test_dpi(tmp_path):
     a = write(tmp_path / "a.csv", step=[0, 1], kl=[0, 1])
-    assert png_size(plot.plot_panels([a], ["kl"], tmp_path / "f.png", dpi=100)) == (640, 390)
+    assert png_size(figure.plot_panels([a], ["kl"], tmp_path / "f.png", dpi=100)) == (640, 390)
 
 
 @pytest.mark.parametrize("function, code", [("fsync", errno.ENOSPC), ("replace", errno.EACCES)])
@@ -408,7 +412,7 @@ def test_a_write_that_fails_leaves_the_old_figure(tmp_path, monkeypatch, capsys,
         raise OSError(code, os.strerror(code))
     monkeypatch.setattr(os, function, fail)
     with pytest.raises(SystemExit) as left:
-        plot.plot_panels([a], ["kl"], old, dpi=30)
+        figure.plot_panels([a], ["kl"], old, dpi=30)
     assert left.value.code == 2 and os.strerror(code) in capsys.readouterr().err
     assert old.read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "f.png"]
 
@@ -468,10 +472,10 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("name", ["a.zip", "a.csv.gz", "a.csv.xz"])
 def test_a_name_that_looks_compressed_is_read_as_it_is(tmp_path, capsys, name):
     path = write(tmp_path / name, step=[0, 1], kl=[3, 4])
-    same(plot.curve(plot.read_runs([path])[path.stem][0], "kl"), [0, 1], [3, 4])
+    same(figure.curve(figure.read_runs([path])[path.stem][0], "kl"), [0, 1], [3, 4])
     path.write_bytes(b"PK\x03\x04\xff\xfe")
     with pytest.raises(SystemExit) as left:
-        plot.read_runs([path])
+        figure.read_runs([path])
     assert left.value.code == 2 and "holds no table of numbers" in capsys.readouterr().err
 
 
@@ -481,7 +485,7 @@ def test_a_second_file_that_is_bad_is_named(tmp_path, capsys):
     empty = write(tmp_path / "b.csv", step=[0], kl=[""], loss=[1])
     for bad in (lacks, empty):
         with pytest.raises(SystemExit) as left:
-            plot.plot_panels([good, bad], ["kl"], tmp_path / "f.png")
+            figure.plot_panels([good, bad], ["kl"], tmp_path / "f.png")
         assert left.value.code == 2 and str(bad) in capsys.readouterr().err
         assert not (tmp_path / "f.png").exists()
 
@@ -492,7 +496,7 @@ def test_no_write_permission(tmp_path, capsys):
     if os.access(tmp_path, os.W_OK):
         pytest.skip("root may write anywhere")
     with pytest.raises(SystemExit) as left:
-        plot.plot_panels([a], ["kl"], tmp_path / "f.png")
+        figure.plot_panels([a], ["kl"], tmp_path / "f.png")
     tmp_path.chmod(0o700)
     assert left.value.code == 2 and "Permission denied" in capsys.readouterr().err
 

@@ -1,4 +1,5 @@
 """What speed and many processes may not change: the numbers. And how a run of several ends when one dies."""
+import functools
 import os
 import shutil
 import socket
@@ -8,14 +9,16 @@ import time
 
 import pytest
 import torch
+import test_model
 from helpers import ROOT, cli, environment, numbers, rl, weights
 from test_model import check_against_slow, close, prompts, seeded
 from test_model import tiny as tiny_model
 
+import rollout
 import sft
 import train_grpo
 import train_ppo
-from model import GPT
+from generate import next_token, score
 from utils import checkpoint, ranks
 
 
@@ -48,7 +51,7 @@ def test_a_shared_prompt_is_the_repeated_one_in_value_and_gradient(T, pad):
     weight = torch.randn(12, T, generator=seeded(3))
     found = []
     for group_size in (1, G):
-        logp, entropy = model.score(tokens, 6, 0.7, pad, group_size)
+        logp, entropy = score(model, tokens, 6, 0.7, pad, group_size)
         model.zero_grad()
         (logp * weight).sum().backward()
         found.append((logp, entropy, *(p.grad.clone() for p in model.parameters())))
@@ -60,18 +63,18 @@ def test_a_shared_prompt_is_the_repeated_one_in_value_and_gradient(T, pad):
 def test_a_shared_prompt_is_read_once(monkeypatch):
     model, read = tiny_model(), []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda tokens, *rest:
-                        read.append(tokens.shape) or hidden(tokens, *rest))
-    model.score(prompts(8, 10), 6, group_size=4)
+    monkeypatch.setattr(model, "hidden", lambda tokens, *rest, **kw:
+                        read.append(tokens.shape) or hidden(tokens, *rest, **kw))
+    score(model, prompts(8, 10), 6, group_size=4)
     assert read == [(2, 6), (8, 3)]
 
 
 def test_decoding_with_static_shapes_is_decoding():
     """What --compile traces, run as it is: the position a tensor, all of the buffer read, the rest masked."""
-    generate = GPT.generate
+    eager = test_model.generate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GPT, "generate", lambda self, *args, **kw:
-                      generate(self, *args, compiled=self.next_token, **kw))
+        patch.setattr(test_model, "generate", lambda model, *args, **kw: eager(
+            model, *args, fast_next_token=functools.partial(next_token, model), **kw))
         check_against_slow(prompts(3, 5), G=3, T=12, temperature=0.6)
         lengths = check_against_slow(prompts(3, 7), 4, 12, torch.tensor([0, 4, 6]), stop=[(3,), (1, 2)])
         assert len(lengths) > 2
@@ -87,7 +90,7 @@ def test_grad_checkpoint_computes_again_and_the_same(monkeypatch):
         for group_size in (1, 4):
             model.zero_grad()
             calls.clear()
-            model.score(tokens, 6, group_size=group_size)[0].sum().backward()
+            score(model, tokens, 6, group_size=group_size)[0].sum().backward()
             found.append([p.grad.clone() for p in model.parameters()])
             assert len(calls) == (1 + (group_size > 1)) * (1 + model.checkpointing)
     for other in found[1:]:
@@ -110,9 +113,8 @@ def test_results_do_not_depend_on_micro_batches_sharing_and_checkpointing(module
 
 def test_sharing_chooses_itself_for_long_prompts(monkeypatch):
     asked = []
-    score = GPT.score
-    monkeypatch.setattr(GPT, "score", lambda self, tokens, P, t=1.0, pad=None, G=1:
-                        asked.append(G) or score(self, tokens, P, t, pad, G))
+    monkeypatch.setattr(rollout, "score", lambda model, tokens, P, t=1.0, pad=None, G=1:
+                        asked.append(G) or score(model, tokens, P, t, pad, G))
     for words, G in (([], 4), (["--share_prompt", "no"], 1), (["--prompt_len", 4], 1),
                      (["--prompt_len", 4, "--share_prompt", "yes"], 4)):
         asked.clear()

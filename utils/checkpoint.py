@@ -11,19 +11,21 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
 from utils.cli import atomic_write, die
 from utils.device import rank
-from utils.tokenizer import Tokenizer
 
 FORMAT = "nanogrpo-1"
+
+
+def about(model, tokenizer):
+    """What makes a text model's file readable: a module's .config and the tokenizer, ranks included."""
+    return {"config": asdict(model.config), "tokenizer": tokenizer.state()}
 
 
 def save(path, kind, model, tokenizer, **more):
     """model: a module with .config; tokenizer: a Tokenizer of utils; more: further entries of the dict."""
     if rank() == 0:  # it writes for all
-        write(path, kind, config=asdict(model.config), tokenizer=tokenizer.state(), model=model.state_dict(),
-              **more)
+        write(path, kind, **about(model, tokenizer), model=model.state_dict(), **more)
 
 
 def write(path, kind, **content):
@@ -45,13 +47,6 @@ def load(path, kind, made_by, wanted=("config", "tokenizer", "model")):
         die(f"{path} is not a {kind} of this repository: found {found}, wanted {[FORMAT, kind, *wanted]}. "
             f"Make it again with `{made_by}`.")
     return content
-
-
-def load_policy(path, device="cpu", made_by="python sft.py"):
-    """-> (GPT in eval mode, tokenizer); a script that wants dropout in training switches it on again."""
-    content = load(path, "policy", made_by)
-    model = build(path, content, lambda: GPT(GPTConfig(**content["config"])), made_by)
-    return model.to(device).eval(), Tokenizer(**content["tokenizer"])
 
 
 def build(path, content, make, made_by):

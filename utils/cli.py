@@ -40,8 +40,7 @@ def parse(args_class, presets=None):
     historical names of flags, its AtLeast marks the least values. A bad value ends with exit code 2.
     """
     import tyro
-    words, rest, default = command(), sys.argv[1:], args_class()
-    prog = shlex.join(words[:len(words) - len(rest)])  # python sft.py, python -m vision.cnn_grpo
+    rest, default, prog = sys.argv[1:], args_class(), program()
     rest = canonical_names(rest, getattr(args_class, "ALIASES", {}))
     if presets:
         first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
@@ -52,9 +51,10 @@ def parse(args_class, presets=None):
     description = sys.modules[args_class.__module__].__doc__
     groups = flag_groups(args_class, default)
     if groups is None:
-        args = tyro.cli(args_class, prog=prog, args=rest, default=default, description=description)
+        args = tyro.cli(args_class, prog=prog, args=rest, use_underscores=True, default=default,
+                        description=description)
     else:
-        by_group = tyro.cli(groups, prog=prog, args=rest, description=description)
+        by_group = tyro.cli(groups, prog=prog, args=rest, use_underscores=True, description=description)
         values = {}
         for part in dataclasses.fields(by_group):
             value = getattr(by_group, part.name)
@@ -138,6 +138,15 @@ def at_least(args, **least):
 
 
 @contextlib.contextmanager
+def refusing():
+    """Turns a ValueError about the user's arguments into a clear message."""
+    try:
+        yield
+    except ValueError as error:
+        die(error)
+
+
+@contextlib.contextmanager
 def writing(path):
     """Turns the ways in which a write can fail (a full disk, no permission) into a clear message."""
     try:
@@ -188,6 +197,12 @@ def command():
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     by_name = spec is not None and spec.origin == sys.argv[0]
     return ["python", *(["-m", spec.name] if by_name else sys.argv[:1]), *sys.argv[1:]]
+
+
+def program():
+    """The same without its flags: python sft.py, python -m vision.cnn_grpo."""
+    words = command()
+    return shlex.join(words[:len(words) - len(sys.argv[1:])])
 
 
 def resume_command():

@@ -102,4 +102,7 @@ def write_run_record(csv_path, args, **more):
     record = {"args": dataclasses.asdict(args), "command": " ".join(command()),
               "commit": git_commit(), "python": platform.python_version(), "versions": versions,
               "machine": platform.machine(), "threads": torch.get_num_threads(), **more}
-    atomic_write(Path(csv_path).with_suffix(".json"), json.dumps(record, indent=2, default=str).encode())
+
+    def plain(value):
+        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+    atomic_write(Path(csv_path).with_suffix(".json"), json.dumps(record, indent=2, default=plain).encode())

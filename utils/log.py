@@ -17,7 +17,7 @@ class Log:
     A resume keeps the rows before `start` and appends. There is no bar in CI and where stdout is no terminal.
     """
 
-    def __init__(self, path, columns, total, start=0, track="none", record=None):
+    def __init__(self, path, columns, total, start=0, track="none", args=None):
         self.path, self.columns, self.bar = Path(path), columns, None
         if rank():  # rank 0 writes for all
             self.file, self.tracker = open(os.devnull, "w"), None
@@ -30,7 +30,7 @@ class Log:
         atomic_write(self.path, "".join(f"{row}\n" for row in rows).encode())
         with writing(self.path):
             self.file = open(self.path, "a")
-        self.tracker = open_tracker(track, self.path, record)
+        self.tracker = open_tracker(track, self.path, args and vars(args))
         if sys.stdout.isatty() and not os.environ.get("CI"):
             from rich.progress import Progress
             self.bar = Progress(*Progress.get_default_columns(), "{task.completed} {task.fields[info]}")

@@ -88,10 +88,21 @@ def share(n, what):
     return slice(rank() * n // world(), (rank() + 1) * n // world())
 
 
+def whole_parts(n, parts, flag):
+    """Refuses a number of parts that doesn't divide n."""
+    if n % parts:
+        die(f"{flag} {parts} doesn't divide {n}: wanted equal parts")
+
+
 def local(index, mine, size=0):
     """Those of `index` that lie in the slice `mine`, counted from its start, in parts of at most `size`."""
     index = index[(index >= mine.start) & (index < mine.stop)] - mine.start
     return index.split(size or len(index)) if len(index) else []
+
+
+def count(mask, batch, mine):
+    """How many tokens the rows `batch` of all processes hold; mask has this one's rows, the slice `mine`."""
+    return sum(gather([sum(int(mask[rows].sum()) for rows in local(batch, mine))]))
 
 
 def gather(x):

@@ -19,10 +19,10 @@ def step_generator(seed, step):
 
 
 class Run:
-    """run = Run(args, COLUMNS, total, device); run.hold(…); for step in run.steps(): …; run.finish()
+    """run = Run(…); run.hold(…); for step in run.steps(): …; run.finish()
 
     args: a script's dataclass with dtype, seed, log, out, track and resume. total: the number of steps.
-    made_by: the command that starts such a run. save_every: steps between checkpoints (0: only at the end).
+    made_by: the command that starts such a run. save_every: steps between checkpoints; 0: only at the end.
     """
 
     def __init__(self, args, columns, total, device, made_by, save_every, **record):
@@ -30,25 +30,22 @@ class Run:
         self.made_by, self.save_every, self.record = made_by, save_every, record
         self.autocast, self.dtype = pick_autocast(device, args.dtype)
         self.counts = {"step": 0, "seconds": 0.0, "samples": 0, "tokens": 0}
-        self.sums, self.interrupt = {}, None
         torch.manual_seed(args.seed)
 
     def hold(self, about, export="", counts=None, **parts):
         """Names what a checkpoint holds; with --resume, fills it from the last one -> that state, or None.
 
-        about: plain values that make the file readable (config, tokenizer). parts: modules and optimizers.
-        export: the kind of a second file, OUT/EXPORT.pth, with `about` and the model alone. counts: numbers
-        of the script's own that a resume needs; they stand in run.counts.
+        about: plain values that make the file readable. parts: modules and optimizers. export: the kind of
+        a second file, OUT/EXPORT.pth, with the model alone. counts: more numbers that a resume needs.
         """
         self.about, self.export, self.parts = about, export, parts
         self.counts |= counts or {}
-        if not self.args.resume:
-            self.start = 0
-            return None
-        path = f"{self.args.out}/state.pth"
-        state = checkpoint.load_state(path, self.args, self.made_by, (*about, "model"))
-        checkpoint.restore(state, self.args.out, **parts)
-        self.counts = {name: state[name] for name in self.counts}
+        state = None
+        if self.args.resume:
+            state = checkpoint.load_state(f"{self.args.out}/state.pth", self.args, self.made_by,
+                                          (*about, "model"))
+            checkpoint.restore(state, self.args.out, **parts)
+            self.counts = {name: state[name] for name in self.counts}
         self.start = self.counts["step"]
         return state
 
@@ -57,21 +54,17 @@ class Run:
         self.counts["step"] = step
         if rank():
             return
-        model = self.parts["model"].state_dict()
-        if self.export:
-            checkpoint.write(f"{self.args.out}/{self.export}.pth", self.export, **self.about, model=model)
         states = {name: part.state_dict() for name, part in self.parts.items()}
+        if self.export:
+            checkpoint.write(f"{self.args.out}/{self.export}.pth", self.export, **self.about,
+                             model=states["model"])
         checkpoint.write(f"{self.args.out}/state.pth", "state", **self.about, **states, **self.counts,
                          args=asdict(self.args), threads=torch.get_num_threads())
 
     def steps(self):
-        """The steps that are left. Saves every `save_every` steps and at the end; Ctrl-C saves and leaves.
-
-        Nothing is written before the first step is asked for.
-        """
+        """The steps that are left, saving between them. Nothing is written before the first is asked for."""
         write_run_record(self.args.log, self.args, device=str(self.device), dtype=self.dtype, **self.record)
-        args = asdict(self.args)
-        self.csv = Log(self.args.log, self.columns, self.total, self.start, self.args.track, args)
+        self.csv = Log(self.args.log, self.columns, self.total, self.start, self.args.track, self.args)
         self.interrupt = Interrupt()
         for self.step in range(self.start, self.total):
             if self.save_every and self.step % self.save_every == 0:
@@ -105,8 +98,7 @@ class Run:
         for module in modules:
             ranks.add_gradients(module)
         norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip) for module in modules]
-        losses = {name: value for name, value in self.sums.items() if name == "loss"}
-        checkpoint.finite(self.step, self.args.out, grad_norm=norms[0], **losses)
+        checkpoint.finite(self.step, self.args.out, grad_norm=norms[0], loss=self.sums.get("loss", 0.0))
         optimizer.step()
         optimizer.zero_grad()
         self.add({"grad_norm": norms[0]}, weight / ranks.world())
@@ -117,10 +109,9 @@ class Run:
         for name, more in (("seconds", elapsed), ("samples", samples), ("tokens", tokens)):
             self.counts[name] += more
         row = ranks.total(self.sums) | self.counts | {"peak_mem_mb": peak_mem_mb(self.device)}
-        if tokens:
-            row["tokens_per_s"] = tokens / elapsed
-        row |= numbers | {"step": self.step}
-        self.csv.write(**{name: value for name, value in row.items() if name in self.columns})
+        row["tokens_per_s"] = tokens / elapsed
+        row = {name: value for name, value in row.items() if name in self.columns}
+        self.csv.write(**row | numbers | {"step": self.step})
 
     def finish(self, **numbers):
         """A last row of what was measured after the last step, if anything was; closes the CSV."""

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -120,3 +121,45 @@ def completions(tokens, mask, tokenizer):
     """The answers as text, without the blank line that ended them: tokens, mask (N, T) -> N strings."""
     answers = [row[m].tolist() for row, m in zip(tokens.cpu(), mask.cpu())]
     return [tokenizer.decode(answer).removesuffix("\n\n") for answer in answers]
+
+
+# ---- prompts ----
+@dataclass
+class Prompts:
+    tokens: torch.Tensor                # (M, P), padded on the left
+    pad: torch.Tensor | None            # (M,) padding tokens a row, None if there are none
+    texts: list[str]
+    columns: dict[str, list]            # further keys of a user's JSONL: they reach the reward function
+
+    def draw(self, n, generator):
+        """The indices of n prompts, all different where there are enough."""
+        index = torch.randperm(len(self.texts), generator=generator)[:n]
+        return index if len(index) == n else torch.randint(len(self.texts), (n,), generator=generator)
+
+    def pick(self, index, repeat=1):
+        """The rows `index`, each `repeat` times, its copies side by side."""
+        index = index.repeat_interleave(repeat)
+        rows = index.tolist()
+        return Prompts(self.tokens[index], None if self.pad is None else self.pad[index],
+                       [self.texts[i] for i in rows],
+                       {k: [v[i] for i in rows] for k, v in self.columns.items()})
+
+
+def load_prompts(source, data, tokenizer, prompt_len):
+    """-> (train, held out) Prompts: the corpus's headings, or a user's JSONL (a tenth of it is held out)."""
+    if not source:
+        text, name = load_corpus(data)
+        parts = [heading_prompts(part, tokenizer, prompt_len, name) for part in split(text)]
+        return [Prompts(p, None, [tokenizer.decode(row) for row in p.tolist()], {}) for p in parts]
+    rows = read_jsonl(source, ("prompt",), "--prompts")
+    tokens, pad = left_pad([tokenizer.encode(row["prompt"]) or [0] for row in rows])
+    keys = [k for k in rows[0] if k != "prompt"]
+    for key in {"prompts", "completions"} & set(keys):
+        die(f"--prompts {source}: the key {key!r} is an argument of every reward function: rename it")
+    for number, row in enumerate(rows, 1):
+        if set(row) - {"prompt"} != set(keys):
+            die(f"--prompts {source}, row {number}: keys {sorted(row)} differ from the first row's")
+    every = Prompts(tokens, pad, [row["prompt"] for row in rows], {k: [row[k] for row in rows] for k in keys})
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    held_out = max(1, len(rows) // 10)
+    return every.pick(order[held_out:] if len(rows) > 1 else order), every.pick(order[:held_out])

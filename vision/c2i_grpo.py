@@ -128,7 +128,7 @@ def save(args, policy, optimizer, counts, arguments):
 
 def open_log(args, total, start):
     """The CSV; with --track wandb the same numbers go to W&B under the script's own names."""
-    log = Log(args.log, COLUMNS, total, start, "none" if args.track == "wandb" else args.track, asdict(args))
+    log = Log(args.log, COLUMNS, total, start, "none" if args.track == "wandb" else args.track, args)
     if args.track == "wandb" and ranks.rank() == 0:
         os.environ.setdefault("WANDB_MODE", "offline")
         log.tracker = need("wandb", "log").init(

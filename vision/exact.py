@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from plot import COLORS, DASHES, STYLE, band, curve, read_runs
+from utils.figure import COLORS, DASHES, STYLE, band, curve, read_runs
 from utils.cli import at_least, atomic_write, die, parse
 from utils.device import write_run_record
 from utils.log import SHARED, Log

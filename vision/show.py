@@ -17,7 +17,7 @@ def report(args, data, found, columns, panels, made):
     from rich.console import Console
     from rich.table import Table
 
-    from plot import plot_panels
+    from utils.figure import plot_panels
     table = Table(f"{len(data.val)} held-out images", *columns.values())
     for name, (row, _) in found.items():
         table.add_row(name, *(f"{row[key]:.3f}" for key in columns))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import plain_attention
+from attention import attention
 from vision.c2i.sampling import check_sampling, draw, guide, guided_steps
 from vision.c2i.vq import in_range
 
@@ -154,10 +154,10 @@ class Attention(nn.Module):
         k, v = slots.store(self, k, v)
         if c.kv_heads != c.n_head:
             k, v = (y.repeat_interleave(c.n_head // c.kv_heads, 1) for y in (k, v))
-        if not slots.cached and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            y = plain_attention(q, k, v, None, dropout)
-        else:
+        if slots.cached:  # a new code sees all slots so far
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.shape[2] > 1)
+        else:
+            y = attention(q, k, v, None, dropout)
         return F.dropout(self.wo(y.transpose(1, 2).flatten(2)), c.resid_dropout_p, self.training)
 
 

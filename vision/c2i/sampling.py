@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from model import inverse_cdf
+from generate import inverse_cdf, kept_set
 
 
 def check_sampling(cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
@@ -48,23 +48,6 @@ def guided_logits(model, codes, labels, cfg_scale=1.0, cfg_interval=-1):
     cond, uncond = model(torch.cat([codes, codes]), torch.cat([labels, null])).chunk(2)
     guided = guide(cond[:, :n_guided], uncond[:, :n_guided], cfg_scale)
     return torch.cat([guided, cond[:, n_guided:]], dim=1)
-
-
-def kept_set(logits, top_k=0, top_p=1.0):
-    """Which codes top_k (0: all; ties with the k-th stay) and then top_p leave: (..., V) -> bool (..., V).
-
-    top_p keeps the likeliest until their mass is past it, the code that takes it there included.
-    """
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    kept = logits > -torch.inf
-    if top_p < 1:
-        ordered, index = logits.sort(descending=True, stable=True)
-        after = (ordered.softmax(-1).cumsum(-1) > top_p).roll(1, -1)  # is the mass before it past top_p?
-        after[..., 0] = False
-        kept = kept & ~torch.zeros_like(after).scatter(-1, index, after)
-    return kept
 
 
 def log_probs(logits, temperature=1.0, kept=None):

@@ -1,0 +1,150 @@
+"""What GRPO and PPO share on text: prompts, answers sampled from a policy, their reward, what is measured.
+
+A step has B prompts, of which a process holds b (one process: all), and G answers to each: (b, G, T).
+Left out: filtering of groups (DAPO's dynamic sampling).
+Run: python train_grpo.py
+"""
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from generate import generate, next_token, score
+from grpo import masked_mean
+from reward import load_scorer
+from utils import ranks
+from utils.cli import die
+from utils.device import compiled
+from utils.log import SHARED
+from utils.rewards import JUDGES, distinct
+from utils.run import step_generator
+from utils.text import Prompts, completions, load_prompts
+
+COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac",
+           "ratio_max", "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s", "peak_mem_mb"]
+
+
+@dataclass
+class Answers:
+    """G answers to each of b prompts, as the policy sampled them."""
+    tokens: torch.Tensor        # (b, G, P + T)
+    logp: torch.Tensor          # (b, G, T) under the policy that sampled
+    mask: torch.Tensor          # (b, G, T): True up to the token that stops the answer, which is included
+    pad: torch.Tensor | None    # (b, G): how many tokens on the left of each prompt are padding
+    prompts: Prompts            # b·G rows, an answer's prompt each
+    texts: list[str]            # b·G
+    share: slice                # where these b stand among the B rows of all processes
+    total: int                  # B
+
+    def ungrouped(self):
+        """The same with every answer a group of its own: B·G groups of one answer."""
+        G = self.mask.shape[1]
+        single = {name: x.flatten(0, 1)[:, None] for name, x in vars(self).items() if torch.is_tensor(x)}
+        share = slice(self.share.start * G, self.share.stop * G)
+        return replace(self, **single, share=share, total=self.total * G)
+
+
+class Environment:
+    """The prompts and the reward of a run. It samples a policy's answers and says what they earn."""
+
+    def __init__(self, args, policy, tokenizer, run):
+        self.args, self.tokenizer, self.run, self.device = args, tokenizer, run, run.device
+        self.share = ranks.share(args.prompts_per_step, "--prompts_per_step")  # this process's prompts
+        self.train, self.held_out = load_prompts(args.prompts, args.data, tokenizer, args.prompt_len)
+        self.P, self.T = self.train.tokens.shape[1], args.max_new
+        if self.P + self.T > policy.config.block_size:
+            die(f"prompts of {self.P} tokens + --max_new {self.T} don't fit the policy's context of "
+                f"{policy.config.block_size} tokens: shorten one, or train π₀ with a larger --block_size")
+        self.reward_of = load_scorer(args.reward, args.reward_model, args.policy, tokenizer, self.device)
+        share_prompt = getattr(args, "share_prompt", "no")  # PPO's answers stand alone
+        self.share_prompt = share_prompt == "yes" or share_prompt == "auto" and 2 * self.P >= self.T
+        self.compiled = {}
+
+    # ---- answers, and what they earn ----
+    def sample(self, policy, prompts, group_size, uniforms, fast_next_token=None):
+        """Answers in float32: tokens (N, P + T), logp and mask (N, T), texts."""
+        pad = None if prompts.pad is None else prompts.pad.to(self.device)
+        tokens, logp, mask = generate(
+            policy, prompts.tokens.to(self.device), self.T, group_size, self.args.temperature, pad=pad,
+            stop=self.tokenizer.stops, uniforms=uniforms.to(self.device), fast_next_token=fast_next_token)
+        return tokens, logp, mask, completions(tokens[:, self.P:], mask, self.tokenizer)
+
+    def rollout(self, policy, generator):
+        """G answers to each of this process's prompts. All processes draw the same prompts and uniforms."""
+        B, G = self.args.prompts_per_step, self.args.group_size
+        index = self.train.draw(B, generator)
+        uniforms = torch.rand(B, G, self.T, generator=generator)[self.share].flatten(0, 1)
+        fast = self.fast(next_token, policy) if self.args.compile else None
+        prompts, repeated = (self.train.pick(index[self.share], n) for n in (1, G))
+        tokens, logp, mask, texts = self.sample(policy, prompts, G, uniforms, fast)
+        longest = self.T if fast else max(ranks.gather([int(mask.any(0).sum())]))
+        tokens, logp, mask = (x.unflatten(0, (-1, G)) for x in (tokens, logp, mask))
+        pad = None if repeated.pad is None else repeated.pad.view(-1, G).to(self.device)
+        return Answers(tokens[..., :self.P + longest], logp[..., :longest], mask[..., :longest], pad,
+                       repeated, texts, self.share, B)
+
+    def reward(self, answers):
+        """What each answer earns: (b, G), on the CPU."""
+        tokens, mask = answers.tokens.flatten(0, 1), answers.mask.flatten(0, 1)
+        return self.reward_of(tokens, mask, answers.prompts, answers.texts).view(answers.mask.shape[:2])
+
+    # ---- log-probabilities ----
+    def score(self, model, answers, rows=None):
+        """Log-probability and entropy, (n, G, T) each, of answers `rows`. None: all, in micro-batches."""
+        if rows is None:
+            scored = [self.score(model, answers, part) for part in self.parts(answers)]
+            return [torch.cat(x) for x in zip(*scored)]
+        tokens = answers.tokens[rows]
+        by = self.fast(score, model) if self.args.compile else functools.partial(score, model)
+        with self.run.autocast():
+            both = by(tokens.flatten(0, 1), self.P, self.args.temperature, self.pad(answers, rows),
+                      tokens.shape[1] if self.share_prompt else 1)
+        return [x.unflatten(0, tokens.shape[:2]) for x in both]
+
+    def value(self, critic, answers, rows=None):
+        """The critic's value where each token of the answers in `rows` is predicted: (n, G, T)."""
+        if rows is None:
+            return torch.cat([self.value(critic, answers, part) for part in self.parts(answers)])
+        tokens = answers.tokens[rows]
+        with self.run.autocast():
+            value = critic(tokens[..., :-1].flatten(0, 1), self.pad(answers, rows))
+        return value[:, self.P - 1:].unflatten(0, tokens.shape[:2])
+
+    def parts(self, answers):
+        return torch.arange(len(answers.tokens)).split(self.args.micro_batch or len(answers.tokens))
+
+    def pad(self, answers, rows):
+        return None if answers.pad is None else answers.pad[rows].flatten()
+
+    def fast(self, function, model):
+        """`function` of `model`, compiled once."""
+        if (function, model) not in self.compiled:
+            self.compiled[function, model] = compiled(lambda *args: function(model, *args), self.device)
+        return self.compiled[function, model]
+
+    # ---- what is measured ----
+    def measure(self, answers, reward, adv):
+        """A step's numbers beside the loss, of all processes; reward (B, G), adv (B, G) or (B, G, T)."""
+        texts, mask = ranks.gather(answers.texts), ranks.gather(answers.mask)
+        n_tokens = int(mask.sum())
+        token_adv = adv.abs().mean() if adv.dim() == 2 else masked_mean(adv.abs(), mask)
+        gold = JUDGES[self.args.gold](texts, ranks.gather(answers.prompts.texts))
+        equal = (reward == reward[:, :1]).all(1).float().mean() if reward.shape[1] > 1 else None
+        return {"mean_r": reward.mean(), "token_adv": token_adv, "gold": sum(gold) / len(gold),
+                "length": n_tokens / len(texts), "distinct": distinct(texts), "frac_zero_std": equal,
+                "samples": len(texts), "tokens": n_tokens}
+
+    def evaluate(self, policy):
+        """Mean reward and gold score of an answer to each held-out prompt, always from the same draws."""
+        prompts = self.held_out.pick(torch.arange(len(self.held_out.texts))[:self.args.eval_prompts])
+        uniforms = torch.rand(len(prompts.texts), self.T, generator=step_generator(self.args.seed, 10**6))
+        tokens, _, mask, texts = self.sample(policy, prompts, 1, uniforms)
+        gold = JUDGES[self.args.gold](texts, prompts.texts)
+        reward = self.reward_of(tokens, mask, prompts, texts)
+        return {"eval_r": reward.mean(), "eval_gold": sum(gold) / len(gold)}
+
+    def conclude(self, policy):
+        """The run's last line: what held-out answers earn now, and where the files are."""
+        last, args, seconds = self.evaluate(policy), self.args, self.run.counts["seconds"]
+        print(f"{args.steps} steps, {seconds:.0f} s; held-out reward {last['eval_r']:.2f}, {args.gold} "
+              f"{last['eval_gold']:.2f}; wrote {args.log} and {args.out}/policy.pth")
