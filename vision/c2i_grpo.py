@@ -1,9 +1,9 @@
 """GRPO for a class-conditional image GPT of LlamaGen's: a class is the prompt, an image is the answer.
 
 LlamaGen (arXiv:2406.06525) draws an image as T codes of a frozen tokenizer. GRPO (arXiv:2402.03300) compares
-G images of a class. Without --vq-ckpt and --data-path the run is on digits, whose models it trains first. The
-banners are those of train_grpo.py, in the same order.
-Left out: text prompts, moving averages of the weights, learning rate schedules.
+G images of a class. Without --vq-ckpt and --data-path the run is on digits, whose models it trains first.
+A flag that is None takes LlamaGen's value, or that of the digits (vision/c2i/models.py). The banners are those
+of train_grpo.py, in the same order. Left out: text prompts, averaged weights, schedules.
 Run: python -m vision.c2i_grpo
 """
 import copy
@@ -39,7 +39,6 @@ MAY_CHANGE = {"resume", "epochs", "steps", "sample_batch_size", "train_batch_siz
 
 @dataclass
 class Args:
-    """A field that is None gets its value from the table DIGITS or LLAMAGEN of vision/c2i/models.py."""
     ALIASES: ClassVar[dict[str, str]] = {
         "global_seed": "seed", "num_generations": "group_size", "max_grad_norm": "grad_clip",
         "max_steps": "steps", "ckpt_dir": "out", "ckpt_every": "save_every", "mixed_precision": "dtype",
@@ -56,7 +55,7 @@ class Args:
     cfg_scale: float = 1.0  # classifier-free guidance; up to 1: none
     eps: Annotated[float | None, AtLeast(0.0)] = None  # the ratio is clipped to 1 - eps … 1 + eps
     beta: Annotated[float, AtLeast(0.0)] = 0.1  # weight of the KL penalty
-    adv_clip_max: Annotated[float, AtLeast(0.0)] = 5.0  # advantages are clipped to -5 … 5
+    adv_clip_max: Annotated[float, AtLeast(0.0)] = 5.0  # largest size of an advantage
     lr: Annotated[float | None, AtLeast(0.0)] = None  # AdamW's learning rate
     weight_decay: Annotated[float, AtLeast(0.0)] = 0.01  # AdamW's
     beta1: Annotated[float, AtLeast(0.0)] = 0.9  # AdamW's
