@@ -1,5 +1,5 @@
-# `make demo` and `make test` do everything, set-up included; `make check` is the fast part of the tests;
-# `make docs` builds the pages of docs/ and the README into site/.
+# `make demo` and `make test` do everything, set-up included. `make check` is the fast part of the tests.
+# `make docs` builds the README and the pages of docs/ into site/.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -19,6 +19,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c con
 	touch $@
 
 demo: .venv/base
+	.venv/bin/python micro_grpo.py
 	.venv/bin/python rlhf_demo.py
 
 test: .venv/dev

@@ -87,19 +87,19 @@ def sample_pairs(policy, tokenizer, prompts, n, args, seed):
     generator = step_generator(args.seed, seed)
     index = torch.cat([torch.randperm(len(prompts.texts), generator=generator)
                        for _ in range(-(-n // len(prompts.texts)))])[:n]
-    asked = prompts.pick(index)
+    drawn = prompts.pick(index)
     parts = [generate(policy, part.to(policy.wte.weight.device), args.max_new, 2, stop=tokenizer.stops,
-                             generator=generator) for part in asked.tokens.split(256)]
+                             generator=generator) for part in drawn.tokens.split(256)]
     tokens = torch.cat([tokens for tokens, _, _ in parts]).cpu()
     mask = torch.cat([mask for _, _, mask in parts]).cpu()
     texts = completions(tokens[:, -args.max_new:], mask, tokenizer)
-    gold = torch.tensor(JUDGES[args.judge](texts, [p for p in asked.texts for _ in "ab"])).view(n, 2)
+    gold = torch.tensor(JUDGES[args.judge](texts, [p for p in drawn.texts for _ in "ab"])).view(n, 2)
     gap = gold[:, 0] - gold[:, 1]
     odds = torch.sigmoid(gap / args.label_temperature) if args.label_temperature > 0 else (gap.sign() + 1) / 2
     chosen = (torch.rand(n, generator=generator) >= odds).long()  # 0: the first answer was preferred
     order = torch.arange(n)[:, None], torch.stack([chosen, 1 - chosen], dim=1)
     rows = [{"prompt": prompt, "chosen": texts[2 * i + c], "rejected": texts[2 * i + 1 - c]}
-            for i, (prompt, c) in enumerate(zip(asked.texts, chosen.tolist()))]
+            for i, (prompt, c) in enumerate(zip(drawn.texts, chosen.tolist()))]
     return Pairs(tokens.view(n, 2, -1)[order], mask.view(n, 2, -1)[order], None, gold[order]), rows
 
 

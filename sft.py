@@ -106,7 +106,8 @@ def main(args):
     # ---- set-up ----
     if args.dropout >= 1:
         die(f"--dropout {args.dropout} drops everything: wanted a share below 1")
-    device, mine = ranks.start(args.device), ranks.share(args.batch_size, "--batch_size")
+    device = ranks.start(args.device)
+    share = ranks.share(args.batch_size, "--batch_size")  # this process's windows
     run = Run(args, COLUMNS, args.steps, device, program(), save_every=args.eval_every)
     text, source = load_corpus(args.data)
     parts = split(text)
@@ -155,8 +156,8 @@ def main(args):
         # dropout's masks come from the step's number, so that a resume draws the same
         torch.manual_seed(args.seed * 1_000_003 + step + ranks.rank() * 10**15)
         with run.autocast():
-            logits = model(x[mine].to(device))
-        loss = F.cross_entropy(logits.float().flatten(0, 1), y[mine].flatten().to(device)) / ranks.world()
+            logits = model(x[share].to(device))
+        loss = F.cross_entropy(logits.float().flatten(0, 1), y[share].flatten().to(device)) / ranks.world()
         loss.backward()
         run.add({"loss": loss.detach()})
         run.update(optimizer, model, grad_clip=args.grad_clip)

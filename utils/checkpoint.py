@@ -40,11 +40,11 @@ def load(path, kind, made_by, wanted=("config", "tokenizer", "model")):
         die(f"no {kind} at {path}: run `{made_by}` first, or name another file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found = [content["format"], content["kind"], *(part for part in wanted if part in content)]
+        parts = [content["format"], content["kind"], *(part for part in wanted if part in content)]
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything, IndexError included
-        found = type(error).__name__
-    if found != [FORMAT, kind, *wanted]:
-        die(f"{path} is not a {kind} of this repository: found {found}, wanted {[FORMAT, kind, *wanted]}. "
+        parts = type(error).__name__
+    if parts != [FORMAT, kind, *wanted]:
+        die(f"{path} is not a {kind} of this repository: found {parts}, wanted {[FORMAT, kind, *wanted]}. "
             f"Make it again with `{made_by}`.")
     return content
 

@@ -113,34 +113,34 @@ def band(curves):
 
 def collect(runs, metrics, x="step", smooth=1, optional=False):
     """-> {metric: {run: its seeds' curves}}; optional: without what a run's seeds didn't all measure."""
-    found = {}
+    curves_of = {}
     for metric in metrics:
         for name, frames in runs.items():
             if not optional or all(metric in frame and frame[metric].notna().any() for frame in frames):
                 curves = [curve(frame, metric, x, smooth) for frame in frames]
-                found.setdefault(metric, {})[name] = curves
-    if not found:
+                curves_of.setdefault(metric, {})[name] = curves
+    if not curves_of:
         die(f"none of {', '.join(metrics)} has numbers in every seed of {' or of '.join(runs)}")
-    return found
+    return curves_of
 
 
 # ---- curves -> figure ----
-def draw(fig, runs, found, x="step", note=""):
-    """Draws what `collect` found: a panel a metric, one legend above them, one label of x below."""
+def draw(fig, runs, curves_of, x="step", note=""):
+    """Draws what `collect` returned: a panel a metric, one legend above them, one label of x below."""
     from matplotlib.lines import Line2D
     styles = {name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 5], "marker": MARKERS[i % 6]}
               for i, name in enumerate(runs)}
     names = [f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name
              for name, frames in runs.items()]
-    columns = 2 if len(found) == 4 else min(len(found), 3)
-    rows = -(-len(found) // columns)
-    width, height = (6.4, 3.66) if len(found) == 1 else (3.5 * columns, 2.5 * rows + 0.36)
+    columns = 2 if len(curves_of) == 4 else min(len(curves_of), 3)
+    rows = -(-len(curves_of) // columns)
+    width, height = (6.4, 3.66) if len(curves_of) == 1 else (3.5 * columns, 2.5 * rows + 0.36)
     fit = max(1, min(len(names), int(width * 13 / (max(map(len, names)) + 9))))  # 13 letters an inch
     fig.set_size_inches(width, height + 0.24 * -(-len(names) // fit))
     fig.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
     fig.legend([Line2D([], [], markersize=4, **style) for style in styles.values()], names, ncols=fit,
                loc="outside upper left", borderaxespad=0.2, borderpad=0.2)
-    for i, (metric, drawn) in enumerate(found.items()):
+    for i, (metric, drawn) in enumerate(curves_of.items()):
         ax = fig.add_subplot(rows, columns, i + 1, ylabel=LABELS.get(metric, metric))
         for name, curves in drawn.items():
             draw_run(ax, curves, styles[name], list(runs).index(name) / len(runs))
@@ -177,14 +177,14 @@ def plot_panels(files, metrics, output=None, x="step", smooth=1, dpi=150, option
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         die(f"--output {output}: the name must end in one of .png, .pdf, .svg")
     runs = read_runs(files)
-    found = collect(runs, metrics, x, smooth, optional)
+    curves_of = collect(runs, metrics, x, smooth, optional)
     with matplotlib.rc_context(STYLE):
         if output:
             fig = Figure()  # pyplot picks a backend for the whole process: only for a window
         else:
             import matplotlib.pyplot as plt
             fig = plt.figure()
-        draw(fig, runs, found, x, f" · moving average of {smooth}" if smooth > 1 else "")
+        draw(fig, runs, curves_of, x, f" · moving average of {smooth}" if smooth > 1 else "")
         if not output and fig.canvas.required_interactive_framework:
             plt.show()
             return None

@@ -34,9 +34,9 @@ def load_gpt2(source, model_class, config_class):
             die(f"{folder} has no {name}: wanted a folder that transformers' save_pretrained wrote.")
     try:
         c = {**PLAIN, **json.loads((folder / "config.json").read_text())}
-        odd = [f"{k}={c[k]!r}" for k, v in PLAIN.items() if c[k] != v]
-        if c["model_type"] != "gpt2" or odd:
-            die(f"{folder}/config.json is not a plain GPT-2: model_type {c['model_type']!r} {' '.join(odd)}")
+        other = [f"{k}={c[k]!r}" for k, v in PLAIN.items() if c[k] != v]
+        if c["model_type"] != "gpt2" or other:
+            die(f"{folder}/config.json is not a plain GPT-2: model_type {c['model_type']!r} {' '.join(other)}")
         model = model_class(config_class(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"],
                                          c["n_embd"]))
         weights = {k.removeprefix("transformer."): w for k, w in

@@ -1,4 +1,4 @@
-"""Several processes, one run: who this one is, its share of the work, and how they add up what they found.
+"""Several processes, one run: who this one is, its share of the work, and how they add up their numbers.
 
 Every process draws the same random numbers and takes its share of prompts, so that two sample what one would.
 Gradients are added, not averaged (the losses' denominators are of the whole step), in one exchange behind the
@@ -94,15 +94,15 @@ def whole_parts(n, parts, flag):
         die(f"{flag} {parts} doesn't divide {n}: wanted equal parts")
 
 
-def local(index, mine, size=0):
-    """Those of `index` that lie in the slice `mine`, counted from its start, in parts of at most `size`."""
-    index = index[(index >= mine.start) & (index < mine.stop)] - mine.start
+def local(index, share, size=0):
+    """Those of `index` that lie in the slice `share`, counted from its start, in parts of at most `size`."""
+    index = index[(index >= share.start) & (index < share.stop)] - share.start
     return index.split(size or len(index)) if len(index) else []
 
 
-def count(mask, batch, mine):
-    """How many tokens the rows `batch` of all processes hold; mask has this one's rows, the slice `mine`."""
-    return sum(gather([sum(int(mask[rows].sum()) for rows in local(batch, mine))]))
+def count(mask, batch, share):
+    """How many tokens the rows `batch` of all processes hold; mask has this one's rows, the slice `share`."""
+    return sum(gather([sum(int(mask[rows].sum()) for rows in local(batch, share))]))
 
 
 def gather(x):

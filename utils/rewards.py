@@ -54,11 +54,11 @@ def load_reward(spec, known=("model", *JUDGES)):
         die(f"--reward {spec!r} is unknown: wanted {', '.join(known)} or FILE.py:FUNCTION")
     if not Path(path).is_file():
         die(f"--reward {spec}: no file {path}")
-    found = importlib.util.spec_from_file_location("user_reward", path)
-    module = importlib.util.module_from_spec(found)
+    spec_of_file = importlib.util.spec_from_file_location("user_reward", path)
+    module = importlib.util.module_from_spec(spec_of_file)
     sys.modules["user_reward"] = module
     try:
-        found.loader.exec_module(module)
+        spec_of_file.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises is the user's to see, with its place
         die(f"--reward {spec}: {path} raised {describe(error)}")
     function = getattr(module, name, None)

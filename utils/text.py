@@ -1,4 +1,4 @@
-"""Corpora and prompts: where the text comes from, its train and held-out parts, and what a policy is asked.
+"""Corpora and prompts: where the text comes from, its parts for training and for evaluation, and the prompts.
 
 A prompt is the last P tokens up to and including a speaker's heading ("ROMEO:\\n"); an answer is the speech
 that follows, and the blank line behind a speech is the stop.
@@ -54,9 +54,9 @@ def tiny_shakespeare():
             content = response.read()
     else:
         content = source.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHAKESPEARE_SHA256:
-        die(f"{source} is not Tiny Shakespeare: {len(content)} bytes, SHA-256 {found[:12]}…, wanted "
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHAKESPEARE_SHA256:
+        die(f"{source} is not Tiny Shakespeare: {len(content)} bytes, SHA-256 {digest[:12]}…, wanted "
             f"{SHAKESPEARE_SHA256[:12]}…. Delete it and try again, or use --data play.")
     if source == SHAKESPEARE_URL:
         atomic_write(places[-1], content)

@@ -52,7 +52,7 @@ class Args:
     steps: Annotated[int, AtLeast(1)] = 150  # rollouts, with one update each
     use_lora: bool = False  # train adapters on the text tower instead of all weights
     lora_r: Annotated[int, AtLeast(1)] = 16  # their rank
-    trl: dict[str, str] = field(default_factory=lambda: {  # --trl.NAME VALUE: any other field of GRPOConfig
+    trl: dict[str, str] = field(default_factory=lambda: {  # other fields of GRPOConfig: --trl.NAME VALUE
         word.split("=")[0][6:].replace("-", "_"): "" for word in sys.argv if word.startswith("--trl.")})
     seed: int = 0  # of the data, the order of prompts and the draws
     # ---- the task ----
