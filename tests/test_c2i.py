@@ -307,6 +307,8 @@ def test_pictures_and_wandb(monkeypatch):
         assert image.size == (7 * 34 + 2, 10 * 34 + 2)
     run("--track", "wandb")
     assert seen["init"][1]["project"] == "autoreg-grpo" and seen["init"][1]["name"] == "c2i"
+    run("--track", "tensorboard", "--steps", 1)
+    assert len(seen["init"]) == 2 and "events.out.tfevents" in files("logs/c2i")[0]
 
 
 def test_ctrl_c_saves_and_leaves(monkeypatch):

@@ -250,6 +250,17 @@ def test_files_that_are_no_checkpoint(tmp_path, capsys):
     refused(capsys, lambda: load_official(model, path), "found list")
 
 
+def test_the_earlier_names_of_the_modules_still_import():
+    from vision import image_gpt, sampling, vq
+    names = {image_gpt: ["IMAGE_GPTS", "ImageGPT", "ImageGPTConfig", "Slots", "check_sampling", "draw",
+                         "guide", "guided_steps", "in_range", "load_official", "rope_table", "rotate"],
+             vq: ["VQS", "VQConfig", "VQModel", "downsample", "group_norm", "in_range", "load_official"],
+             sampling: ["check_sampling", "draw", "guide", "guided_logits", "guided_steps", "inverse_cdf",
+                        "kept_set", "log_probs", "score"]}
+    assert not [name for module, wanted in names.items() for name in wanted if not hasattr(module, name)]
+    assert image_gpt.ImageGPT is ImageGPT and vq.VQModel is VQModel and sampling.score is score
+
+
 # ---- the GPT's pass ----
 def slow_logits(model, codes, label):
     """One row in float64: codes a list, label an int -> (len + 1, V); a loop a query, complex rotations."""
