@@ -61,7 +61,7 @@ if want scaling; then
   OMP_NUM_THREADS=2 $python benchmarks/scaling.py --memory --out results/scaling.csv
 fi
 
-rl="--aux_ce_coef 0 --temperature 1.5 --grpo_steps 1500"  # reward alone; the default adds 0.1 × cross-entropy
+rl="--aux_ce_coef 0 --temperature 1.5 --steps 1500"  # reward alone; the default adds 0.1 × cross-entropy
 cnn() { name=$1; seeds=$2; shift 2
   for seed in $(seq 0 "$seeds"); do
     $python -m vision.cnn_grpo "$@" --seed "$seed" --log results/cnn/$name-s$seed.csv --out out/r-cnn-$name-s$seed \
@@ -71,14 +71,14 @@ if want cnn; then
   for reward in bandit smooth margin topk; do cnn $reward 4 $rl --reward $reward; done &
   cnn ce 4 $rl --method ce
   cnn head_only 2 $rl --head_only
-  cnn head_first 2 $rl --head_only --grpo_steps 500  # then the whole network from there
+  cnn head_first 2 $rl --head_only --steps 500  # then the whole network from there
   for seed in 0 1 2; do
     cnn_from="--sft_images 0 --weights out/r-cnn-head_first-s$seed/best_small_grpo.pt"
-    $python -m vision.cnn_grpo $rl --grpo_steps 1000 $cnn_from --seed $seed \
+    $python -m vision.cnn_grpo $rl --steps 1000 $cnn_from --seed $seed \
       --log results/cnn/head_then_all-s$seed.csv --out out/r-cnn-then-s$seed > /dev/null
   done
   for K in 2 16; do cnn K$K 2 $rl --group_size $K; done
-  for kl in 0 0.2 1; do cnn kl$kl 2 $rl --kl_coef $kl; done
+  for kl in 0 0.2 1; do cnn kl$kl 2 $rl --beta $kl; done
   cnn defaults 4
   wait
   rm -f results/cnn/*.png
@@ -87,13 +87,13 @@ if want cnn; then
   done
 fi
 if want exact; then
-  $python -m vision.exact
+  $python benchmarks/exact.py
 fi
 if want vit; then
   for task in class box mask; do
     for seed in 0 1 2 3 4; do
       $python -m vision.vit_grpo --task $task --seed $seed --log results/vit/$task-s$seed.csv \
-        --ckpt_dir out/r-vit-$task-s$seed > /dev/null
+        --out out/r-vit-$task-s$seed > /dev/null
     done
   done
 fi
@@ -104,11 +104,11 @@ clip() { name=$1; seeds=$2; shift 2
   done; }
 if want clip; then
   clip reward01 4
-  clip smooth 4 --smooth-rewards
+  clip smooth 4 --reward smooth
   clip lora 4 --use-lora --lora-r 8
   clip ce 4 --method ce
   clip weak01 2 --start-accuracy 0.15
-  clip weaksmooth 2 --start-accuracy 0.15 --smooth-rewards
+  clip weaksmooth 2 --start-accuracy 0.15 --reward smooth
   rm -f results/clip/*.png
 fi
 if want c2i; then

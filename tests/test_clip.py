@@ -25,8 +25,9 @@ import clip_grpo
 from grpo import OBJECTIVES, group_advantage
 from utils import checkpoint
 from utils.log import SHARED
-from vision import clip_data, clip_model, lora, rewards
-from vision.clip_model import SIZES, SMALL, build, config_of, fill, text_features
+from vision import rewards
+from vision.clip import data as clip_data, lora, model as clip_model
+from vision.clip.model import SIZES, SMALL, build, config_of, fill, text_features
 from vision.data import Images, digits, step_index
 
 TINY = (64, 16, 1, 64, 8, 64, 1, 1)
@@ -83,8 +84,8 @@ def run(*words):
 
 def tiny_run(*words):
     """Two epochs of 5 steps with a network that knows nothing."""
-    run("--model-name", "tiny.pth", "--dataset", "digits", "--batch-size", 256, "--epochs", 2,
-        "--group-size", 4, "--log-interval", 1, "--lr", 1e-3, *words)
+    run("--model", "tiny.pth", "--dataset", "digits", "--batch-size", 256, "--epochs", 2,
+        "--group-size", 4, "--log-every", 1, "--lr", 1e-3, *words)
 
 
 def column(name, path="logs/clip.csv"):
@@ -195,7 +196,7 @@ def test_lora_run_saves_adapter_and_merged_policy(capsys):
     content = torch.load("out/clip/adapter.pth", weights_only=True)
     assert set(content["model"]) and all("lora_" in k for k in content["model"])
     after = column("top1")[-1]
-    for words in (["--model-name", "out/clip/policy.pth"],
+    for words in (["--model", "out/clip/policy.pth"],
                   ["--use-lora", "--lora-adapter", "out/clip/adapter.pth"]):
         tiny_run(*words, "--epochs", 0, "--log", "logs/again.csv")
         assert column("top1", "logs/again.csv") == [after]
@@ -253,9 +254,9 @@ def test_kl_and_entropy_are_the_enumerated_ones():
     logs = torch.tensor([p]).log(), torch.tensor([q]).log()
     by_hand = sum(a * math.log(a / b) for a, b in zip(p, q))
     assert clip_grpo.exact_kl(*logs).mean().item() == pytest.approx(by_hand)
-    assert clip_grpo.entropy(logs[0]).item() == pytest.approx(-sum(a * math.log(a) for a in p))
+    assert clip_grpo.mean_entropy(logs[0]).item() == pytest.approx(-sum(a * math.log(a) for a in p))
     flat = [a ** 0.5 / sum(b ** 0.5 for b in p) for a in p]  # temperature 2
-    assert clip_grpo.entropy(logs[0], 2.0).item() == pytest.approx(-sum(a * math.log(a) for a in flat))
+    assert clip_grpo.mean_entropy(logs[0], 2.0).item() == pytest.approx(-sum(a * math.log(a) for a in flat))
 
 
 def watch(monkeypatch, name):
@@ -321,15 +322,17 @@ def test_a_smooth_reward_gives_a_group_without_the_label_something_to_compare():
     model, _ = make()
     text = text_features(model, clip_model.DIGITS, clip_model.DIGIT_TEMPLATES)
     action, label = torch.tensor([[0, 4, 6, 8]]), torch.tensor([7])
-    hard = clip_data.reward_function(clip_grpo.Args(), list(clip_model.DIGITS), text)(action, label, ["x"])
-    soft = clip_data.reward_function(clip_grpo.Args(smooth_rewards=True), [], text)(action, label, ["x"])
+
+    def reward(**flags):
+        of_class = clip_data.reward_function(clip_grpo.Args(**flags), list(clip_model.DIGITS), text)
+        return of_class(action, label, None, ["x"])
+    hard, soft = reward(), reward(reward="smooth")
     assert group_advantage(hard).abs().max() == 0 and group_advantage(soft).abs().max() > 0.2
     cos = {(a, b): (text[a] * text[b]).sum().item() for a, b in itertools.permutations(range(10), 2)}
     tau = (1 - sum(cos.values()) / 90) / 10
     by_hand = [math.exp((cos[a, 7] - 1) / tau) for a in action[0].tolist()]
     assert soft[0].tolist() == pytest.approx(by_hand, rel=1e-2)
-    args = clip_grpo.Args(smooth_rewards=True, smooth_tau=0.1)
-    soft = clip_data.reward_function(args, [], text)(action, label, ["x"])
+    soft = reward(reward="smooth", tau=0.1)
     by_hand = [math.exp((cos[a, 7] - 1) / 0.1) for a in action[0].tolist()]
     assert soft[0].tolist() == pytest.approx(by_hand, rel=1e-4)
 
@@ -417,7 +420,7 @@ def test_a_resnet_loads_too_and_keeps_its_statistics(tmp_path):
     assert config_found == config
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(found.visual(x), model.visual(x))
-    tiny_run("--model-name", "resnet.pt", "--epochs", 1, "--save-model")
+    tiny_run("--model", "resnet.pt", "--epochs", 1, "--save-model")
     after = torch.load("out/clip/policy.pth", weights_only=True)["model"]
     for name, value in model.state_dict().items():
         if "running" in name:
@@ -522,8 +525,8 @@ def test_reward_and_accuracy_rise_from_a_contrastive_start():
 
 def test_folder_of_images_with_bf16(capsys):
     image_folder(Path("made"), n=6, broken=True)
-    words = ["--model-name", "tiny.pth", "--dataset", "made", "--epochs", 2, "--batch-size", 4,
-             "--workers", 0, "--use-amp", "--log-interval", 1, "--save-model"]
+    words = ["--model", "tiny.pth", "--dataset", "made", "--epochs", 2, "--batch-size", 4,
+             "--num-workers", 0, "--dtype", "bf16", "--log-every", 1, "--save-model"]
     run(*words, "--bad-images", "skip")
     assert "skipped 1 files" in capsys.readouterr().out
     assert json.load(open("logs/clip.json"))["dtype"] == "bf16"
@@ -538,37 +541,37 @@ def test_folder_of_images_with_bf16(capsys):
 def test_random_vit_b_32_learns_two_classes(tmp_path):
     """Half a minute in fp32 on an idle core; bf16 on a CPU is here to run, not to be fast."""
     image_folder(tmp_path / "made", size=(48, 48), n=16)
-    words = ["--model-name", "ViT-B/32", "--weights", "random", "--dataset", "made", "--batch-size", 16,
-             "--lr", 1e-4, "--workers", 0, "--log-interval", 1]
+    words = ["--model", "ViT-B/32", "--weights", "random", "--dataset", "made", "--batch-size", 16,
+             "--lr", 1e-4, "--num-workers", 0, "--log-every", 1]
     run(*words, "--epochs", 2)
     top1 = column("top1")
     assert top1[-1] > top1[0] + 0.2
-    run(*words, "--epochs", 1, "--use-amp")
+    run(*words, "--epochs", 1, "--dtype", "bf16")
     assert json.load(open("logs/clip.json"))["dtype"] == "bf16" and column("kl")[-1] > 1e-3
 
 
 # ---- bad input ----
 def test_models_that_can_not_be_had(refused, monkeypatch, tmp_path):
-    refused(["--model-name", "ViT-Z/9", "--dataset", "digits"], "'ViT-Z/9'", *SIZES)
+    refused(["--model", "ViT-Z/9", "--dataset", "digits"], "'ViT-Z/9'", *SIZES)
 
     def offline(*args, **kw):
         raise socket.timeout("no route")
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setenv("HOME", str(tmp_path))
-    refused(["--model-name", "ViT-B/32", "--dataset", "digits"], ".cache/clip/ViT-B-32.pt",
+    refused(["--model", "ViT-B/32", "--dataset", "digits"], ".cache/clip/ViT-B-32.pt",
             "can't be downloaded", "https://openaipublic", "--weights random")
     assert socket.getdefaulttimeout() is None
     for name, content in (("empty.pt", b""), ("junk.pt", b"junk" * 99)):
         (tmp_path / name).write_bytes(content)
-        refused(["--model-name", name, "--dataset", "digits"], name, "can't be read")
+        refused(["--model", name, "--dataset", "digits"], name, "can't be read")
     torch.save({"weight": torch.ones(2)}, "other.pt")
-    refused(["--model-name", "other.pt", "--dataset", "digits"], "other.pt", "no CLIP of OpenAI's layout")
+    refused(["--model", "other.pt", "--dataset", "digits"], "other.pt", "no CLIP of OpenAI's layout")
     torch.save([1, 2], "list.pt")
-    refused(["--model-name", "list.pt", "--dataset", "digits"], "list.pt")
+    refused(["--model", "list.pt", "--dataset", "digits"], "list.pt")
 
 
 def test_texts_that_do_not_fit(refused, tmp_path):
-    tiny = ["--model-name", "tiny.pth", "--dataset"]
+    tiny = ["--model", "tiny.pth", "--dataset"]
     refused([*tiny, "digits", "--templates", "a photo"], "'a photo'", "{}")
     refused([*tiny, "digits", "--other-templates", "{ }"], "'{ }'", "{}")
     refused([*tiny, "digits", "--templates", "{} " + "very " * 30], "longer than the model's context of 24")
@@ -582,27 +585,27 @@ def test_texts_that_do_not_fit(refused, tmp_path):
 
 
 def test_settings_that_can_not_work(refused, tmp_path):
-    tiny = ["--model-name", "tiny.pth", "--dataset", "digits"]
+    tiny = ["--model", "tiny.pth", "--dataset", "digits"]
     refused([*tiny, "--group-size", "1"], "--group_size 1", "at least 2")
-    refused([*tiny, "--lora-adapter", "x.pth"], "--use-lora")
+    refused([*tiny, "--lora-adapter", "x.pth"], "--use_lora")
     refused([*tiny, "--use-lora", "--lora-adapter", "x.pth"], "x.pth")
     refused([*tiny, "--reward", "nonsense"], "'nonsense'", "bandit, smooth or FILE.py:FUNCTION")
     refused([*tiny, "--reward", "rewards.py:nan"], "rewards.py:nan", "finite")
     refused([*tiny, "--resume"], "out/clip/state.pth")
     model, _ = make((64, 32, (1, 1, 1, 1), 8, None, 64, 1, 1))
     torch.save(model.state_dict(), "resnet.pt")
-    refused(["--model-name", "resnet.pt", "--dataset", "digits", "--use-lora"], "ResNet", "ViT-B/32")
+    refused(["--model", "resnet.pt", "--dataset", "digits", "--use-lora"], "ResNet", "ViT-B/32")
     _, visual, _ = adapted()
     lora.save_adapter("adapter.pth", visual, torch.zeros(()))
     refused([*tiny, "--use-lora", "--lora-r", "4", "--lora-adapter", "adapter.pth"], "'r': 8", "'r': 4")
 
 
 def test_data_that_is_not_there_or_broken(refused, tmp_path, monkeypatch):
-    refused(["--dataset", "nowhere", "--model-name", "tiny.pth"], "nowhere", "train/ and val/")
-    refused(["--dataset", "imagenet", "--model-name", "tiny.pth"], "data/imagenet", "--data-path")
-    refused(["--dataset", "cifar100"], "--model-name")
+    refused(["--dataset", "nowhere", "--model", "tiny.pth"], "nowhere", "train/ and val/")
+    refused(["--dataset", "imagenet", "--model", "tiny.pth"], "data/imagenet", "--data_path")
+    refused(["--dataset", "cifar100"], "--model")
     image_folder(tmp_path / "made", broken=True)
-    refused(["--dataset", "made", "--model-name", "tiny.pth", "--workers", "0"], "red_thing/0.png",
+    refused(["--dataset", "made", "--model", "tiny.pth", "--num-workers", "0"], "red_thing/0.png",
             "not readable")
 
 
@@ -610,4 +613,4 @@ def test_a_loss_that_is_not_finite_stops_the_run(refused, tmp_path):
     state = torch.load("tiny.pth", weights_only=True)
     state["model"]["visual.proj"][0, 0] = float("nan")
     torch.save(state, "tiny.pth")
-    refused(["--model-name", "tiny.pth", "--dataset", "digits"], "step 0: not finite")
+    refused(["--model", "tiny.pth", "--dataset", "digits"], "step 0: not finite")

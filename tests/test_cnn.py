@@ -24,12 +24,16 @@ from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint, figure
 from utils.log import SHARED
 from utils.run import step_generator
-from vision import cnn, cnn_grpo, exact
+from vision import cnn, cnn_grpo
+from vision.bandit import draw, exact_kl
 from vision.data import batches
+
+sys.path.append(str(ROOT / "benchmarks"))
+import exact  # noqa: E402
 
 pytest.importorskip("sklearn")
 # a run on digits in a second
-SMALL = ["--device", "cpu", "--batch_size", 16, "--sft_steps", 10, "--eval_interval", 2, "--eval_images", 100]
+SMALL = ["--device", "cpu", "--batch_size", 16, "--sft_steps", 10, "--eval_every", 2, "--eval_images", 100]
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +106,7 @@ def test_grpo_matches_the_exact_policy_gradient_on_average():
     exact_gradient = gradient(policy, -(p * F.one_hot(label, 5)).sum(1).mean())
     draws, G = 20_000, 4
     logp_all = policy(x).log_softmax(1)
-    action = cnn_grpo.draw(logp_all.detach(), draws * G, step_generator(0, 0))
+    action = draw(logp_all.detach(), draws * G, step_generator(0, 0))
     action = action.view(8, draws, G).flatten(0, 1)  # (B·draws, G)
     reward = (action == label.repeat_interleave(draws)[:, None]).float()
     row = OBJECTIVES["dr_grpo"]
@@ -120,9 +124,9 @@ def test_draws_come_from_the_policy_and_the_generator_alone():
     """Frequencies within 5 standard deviations of π: a false failure in 10⁶."""
     p = torch.tensor([[0.7, 0.2, 0.1], [0.05, 0.05, 0.9]])
     torch.manual_seed(1)
-    action = cnn_grpo.draw(p.log(), 40_000, step_generator(0, 3))
+    action = draw(p.log(), 40_000, step_generator(0, 3))
     torch.manual_seed(2)
-    assert torch.equal(action, cnn_grpo.draw(p.log(), 40_000, step_generator(0, 3)))
+    assert torch.equal(action, draw(p.log(), 40_000, step_generator(0, 3)))
     for i in range(2):
         share = action[i].bincount(minlength=3) / 40_000
         assert ((share - p[i]).abs() < 5 * (p[i] * (1 - p[i]) / 40_000).sqrt()).all()
@@ -131,8 +135,8 @@ def test_draws_come_from_the_policy_and_the_generator_alone():
 def test_exact_kl_by_hand():
     p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
     wanted = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
-    assert cnn_grpo.exact_kl(p.log(), q.log()).tolist() == [pytest.approx(wanted)]
-    assert cnn_grpo.exact_kl(q.log(), q.log()).item() == 0
+    assert exact_kl(p.log(), q.log()).tolist() == [pytest.approx(wanted)]
+    assert exact_kl(q.log(), q.log()).item() == 0
 
 
 # ---- exact.py ----
@@ -160,7 +164,7 @@ def test_sampled_losses_have_the_exact_direction(method, least):
 
 
 def test_exact_writes_its_csvs_and_its_figure(folder, capsys):
-    words = ["--seeds", 1, "--steps", 4, "--draws", 2, "--eval_interval", 2, "--out", folder / "exact"]
+    words = ["--seeds", 1, "--steps", 4, "--draws", 2, "--eval_every", 2, "--out", folder / "exact"]
     cli(exact, *words)
     made = {p for p in files(folder / "exact") if p.endswith(".csv")}
     assert made == {f"{n.replace(' ', '_')}-s0.csv" for n in exact.METHODS} | {
@@ -186,7 +190,7 @@ def test_exact_writes_its_csvs_and_its_figure(folder, capsys):
         assert figure.size == before
     with pytest.raises(SystemExit) as left:
         cli(exact, "--draw_only", "--out", folder / "none")
-    assert left.value.code == 2 and "python -m vision.exact" in capsys.readouterr().err
+    assert left.value.code == 2 and "python benchmarks/exact.py" in capsys.readouterr().err
 
 
 # ---- the networks ----
@@ -250,7 +254,7 @@ def test_a_yolo_of_ultralytics_own_file_is_read_and_a_foreign_pickle_is_not(fold
 
 # ---- a run ----
 def test_a_run_from_start_to_pictures(folder):
-    rows = run("--grpo_steps", 5)
+    rows = run("--steps", 5)
     header, _ = read_csv("logs/cnn.csv")
     assert header[:6] == SHARED and [row["step"] for row in rows] == list("012345")
     assert float(rows[0]["kl"]) == 0 and float(rows[4]["kl"]) > 0
@@ -267,9 +271,9 @@ def test_a_run_from_start_to_pictures(folder):
 
 def test_what_is_logged_is_what_enumeration_says():
     """Step 3's row, recomputed: KL, entropy and cross-entropy from the checkpoint that step begins with."""
-    words = ["--grpo_steps", 4, "--save_every", 1, "--temperature", 0.7, "--lr", 1e-2, "--seed", 1]
+    words = ["--steps", 4, "--save_every", 1, "--temperature", 0.7, "--lr", 1e-2, "--seed", 1]
     rows = run(*words, "--log", "logs/cnn.csv")
-    cli(cnn_grpo, *SMALL, *words[2:], "--grpo_steps", 3, "--log", "three.csv", "--out", "three")
+    cli(cnn_grpo, *SMALL, *words[2:], "--steps", 3, "--log", "three.csv", "--out", "three")
     args = cnn_grpo.Args(batch_size=16, sft_steps=10, eval_images=100, seed=1, device="cpu")
     data, ref = cnn_grpo.load(args, torch.device("cpu"))
     policy = copy.deepcopy(ref)
@@ -287,7 +291,7 @@ def test_what_is_logged_is_what_enumeration_says():
 
 
 def test_aux_ce_is_annealed_linearly():
-    rows = run("--grpo_steps", 5, "--kl_coef", 0, "--aux_ce_coef", 0.2, "--aux_ce_end", 0.0)
+    rows = run("--steps", 5, "--beta", 0, "--aux_ce_coef", 0.2, "--aux_ce_end", 0.0)
     found = [float(row["loss"]) / float(row["aux_ce"]) for row in rows[:5]]
     assert found == pytest.approx([0.2, 0.15, 0.1, 0.05, 0], abs=1e-5)
 
@@ -296,7 +300,7 @@ def test_aux_ce_is_annealed_linearly():
                                    ["--reward", "margin"],
                                    ["--reward", "smooth"], ["--objective", "dr_grpo"], ["--dtype", "bf16"]])
 def test_options(words):
-    rows = run("--grpo_steps", 3, *words)
+    rows = run("--steps", 3, *words)
     assert float(rows[0]["frac_zero_std"]) < 1 and float(rows[0]["kl"]) == 0
     if "ce" in words:
         assert all(row["loss"] == row["aux_ce"] for row in rows[:3])
@@ -305,14 +309,14 @@ def test_options(words):
 def test_groups_of_equal_rewards_are_counted_as_such(folder):
     """Whatever the number: the std of seven times 0.1 isn't exactly 0 in float32."""
     (folder / "r.py").write_text("def f(completions, prompts, label):\n    return [0.1] * len(completions)\n")
-    rows = run("--grpo_steps", 1, "--group_size", 7, "--reward", "r.py:f")
+    rows = run("--steps", 1, "--group_size", 7, "--reward", "r.py:f")
     assert float(rows[0]["token_adv"]) == 0
     assert float(rows[0]["frac_zero_std"]) == 1
 
 
 def test_grpo_raises_accuracy_without_labels_in_the_loss():
     """60 steps of reward alone, on all held-out digits; see the printed numbers for the margin."""
-    cli(cnn_grpo, "--device", "cpu", "--grpo_steps", 60, "--aux_ce_coef", 0, "--eval_interval", 60)
+    cli(cnn_grpo, "--device", "cpu", "--steps", 60, "--aux_ce_coef", 0, "--eval_every", 60)
     rows = read_csv("logs/cnn.csv")[1]
     print(rows[0]["top1"], rows[-1]["top1"], rows[0]["eval_r"], rows[-1]["eval_r"])
     assert float(rows[-1]["top1"]) > float(rows[0]["top1"]) + 0.03
@@ -340,7 +344,7 @@ def test_a_reward_of_the_users(folder):
     import json
     textures(folder / "d", 3)
     (folder / "mine.py").write_text(USER)
-    words = ["--data_root", folder / "d", "--img_size", 16, "--grpo_steps", 1, "--batch_size", 6]
+    words = ["--data_root", folder / "d", "--img_size", 16, "--steps", 1, "--batch_size", 6]
     rows = run(*words, "--reward", "mine.py:mine")
     asked = [json.loads(line) for line in open("asked.jsonl")]
     assert [len(said) for said, _, _ in asked] == [18, 18, 24, 18]  # before, evaluation, step 0, after
@@ -361,7 +365,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(more, folder, monkeypatch,
     if more:
         textures(folder / "d", 3, parts=("train", "eval"))  # with flips
     (folder / "mine.py").write_text(USER)
-    words = [*SMALL, *more, "--reward", "mine.py:mine", "--grpo_steps", 6, "--lr", 1e-2]
+    words = [*SMALL, *more, "--reward", "mine.py:mine", "--steps", 6, "--lr", 1e-2]
     cli(cnn_grpo, *words, "--log", "whole.csv", "--out", "whole")
     parts = [*words, "--log", "parts.csv", "--out", "parts"]
     monkeypatch.setenv("INTERRUPT_AT", "5")  # before, evaluation 0, steps 0 and 1, evaluation 2
@@ -382,7 +386,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(more, folder, monkeypatch,
 def test_ctrl_c_names_a_command_that_works(folder):
     """As a user types it: python -m vision.cnn_grpo, from the root of the repository."""
     (folder / "mine.py").write_text(USER.replace('"asked.jsonl"', "os.devnull"))
-    words = [*SMALL, "--reward", f"{folder}/mine.py:mine", "--grpo_steps", 4, "--log", f"{folder}/p.csv",
+    words = [*SMALL, "--reward", f"{folder}/mine.py:mine", "--steps", 4, "--log", f"{folder}/p.csv",
              "--out", f"{folder}/p"]
     kw = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
     first = subprocess.run([sys.executable, "-m", "vision.cnn_grpo", *map(str, words)],
@@ -400,14 +404,14 @@ def test_ctrl_c_names_a_command_that_works(folder):
 def test_ones_own_best_checkpoint_begins_another_run(folder):
     textures(folder / "d", 3)
     words = ["--data_root", folder / "d", "--img_size", 16]
-    run(*words, "--grpo_steps", 4, "--lr", 1e-2)
+    run(*words, "--steps", 4, "--lr", 1e-2)
     best = torch.load("out/cnn/best_small_grpo.pt", weights_only=True)
-    again = run(*words, "--grpo_steps", 1, "--weights", "out/cnn/best_small_grpo.pt", "--out", "second")
+    again = run(*words, "--steps", 1, "--weights", "out/cnn/best_small_grpo.pt", "--out", "second")
     assert float(again[0]["top1"]) == pytest.approx(best["top1"])
 
 
 def test_ones_own_best_checkpoint_on_digits():
-    run("--grpo_steps", 8, "--batch_size", 128)
+    run("--steps", 8, "--batch_size", 128)
     policy = cnn.build("small", 10, "out/cnn/best_small_grpo.pt")
     args = cnn_grpo.Args(weights="out/cnn/best_small_grpo.pt", device="cpu")
     _, begun = cnn_grpo.load(args, torch.device("cpu"))
@@ -439,7 +443,7 @@ def head_alone(model, words, folder):
                    batch_size=8, device="cpu")
     _, start = cnn_grpo.load(args, torch.device("cpu"))
     rows = run("--model", model, "--data_root", folder / "d", "--weights", "none", "--img_size", 32,
-               "--batch_size", 8, "--group_size", 4, "--grpo_steps", 3, *words)
+               "--batch_size", 8, "--group_size", 4, "--steps", 3, *words)
     assert [row["step"] for row in rows] == list("0123")
     assert float(rows[0]["kl"]) == 0 and float(rows[2]["kl"]) > 0 and float(rows[0]["grad_norm"]) > 0
     after, before = state()["model"], start.state_dict()
@@ -451,7 +455,7 @@ def test_resnet50_head_only(folder):
     pytest.importorskip("torchvision")
     textures(folder / "d")
     moved, head, _ = head_alone("resnet50", ["--head_only", "--reward", "bandit", "--aux_ce_coef", 0.1,
-                                             "--kl_coef", 0.02], folder)
+                                             "--beta", 0.02], folder)
     assert moved == {f"{head}weight", f"{head}bias"} == {"net.fc.weight", "net.fc.bias"}
     best = checkpoint.load("out/cnn/best_resnet50_grpo.pt", "classifier", "", ("model", "config", "top1"))
     assert best["config"]["model"] == "resnet50" and best["model"]["net.fc.weight"].shape == (5, 2048)
@@ -491,7 +495,7 @@ def test_large_networks_learn_two_textures(model, folder):
     """Random weights, the whole network, reward alone: wide stripes or narrow ones, 96 held-out images."""
     textures(folder / "d", 2, n=48, size=72, period=(20, 4))
     rows = run("--model", model, "--data_root", folder / "d", "--weights", "none", "--img_size", 64,
-               "--lr", 1e-4, "--batch_size", 16, "--grpo_steps", 30, "--aux_ce_coef", 0, "--group_size", 8)
+               "--lr", 1e-4, "--batch_size", 16, "--steps", 30, "--aux_ce_coef", 0, "--group_size", 8)
     assert float(rows[0]["top1"]) < 0.7 and float(rows[-1]["top1"]) > 0.9
     assert float(rows[-1]["eval_r"]) > float(rows[0]["eval_r"]) + 0.2
 
@@ -506,7 +510,7 @@ def test_skipped_images_are_counted(folder, capsys):
     textures(folder / "d", 2)
     for part in ("train", "val"):
         (folder / "d" / part / "c0" / "bad.png").write_bytes(b"no image")
-    words = ["--data_root", folder / "d", "--img_size", 16, "--grpo_steps", 3, "--batch_size", 13]
+    words = ["--data_root", folder / "d", "--img_size", 16, "--steps", 3, "--batch_size", 13]
     refused(capsys, words, "bad.png", "--bad_images skip")
     assert files(folder / "logs") == files(folder / "out") == []
     run(*words, "--bad_images", "skip")
@@ -515,7 +519,7 @@ def test_skipped_images_are_counted(folder, capsys):
 
 
 def test_a_cnn_run_beside_a_text_run(folder):
-    run("--grpo_steps", 3)
+    run("--steps", 3)
     header = [*SHARED, "samples", "tokens", "seconds"]
     lines = [",".join(header), *(f"{i},0.1,{i / 9},0.01,2.5,0.8,{i * 8},{i * 80},{i}" for i in range(5))]
     Path("logs/grpo.csv").write_text("\n".join(lines) + "\n")
@@ -551,16 +555,16 @@ def test_bad_arguments(words, wanted, capsys, folder):
 
 @pytest.mark.parametrize("name", ["weight_decay", "grad_clip"])
 def test_negative_numbers(name, capsys):
-    refused(capsys, ["--grpo_steps", 1, f"--{name}", -1], name, "too small")
+    refused(capsys, ["--steps", 1, f"--{name}", -1], name, "too small")
 
 
 def test_not_finite_is_one_line(capsys):
-    refused(capsys, ["--grpo_steps", 3, "--lr", 1e30], "NaN", "--lr")
+    refused(capsys, ["--steps", 3, "--lr", 1e30], "NaN", "--lr")
 
 
 def test_folders_that_are_refused(folder, capsys):
     root = textures(folder / "d", 2)
-    words = ["--data_root", root, "--img_size", 16, "--grpo_steps", 1]
+    words = ["--data_root", root, "--img_size", 16, "--steps", 1]
     refused(capsys, [*words, "--reward", "topk"], "topk 5", "1 to 2")
     (root / "train" / "empty").mkdir()
     refused(capsys, words, "empty", "no images")
@@ -581,13 +585,13 @@ def test_weights_that_are_refused(folder, capsys):
     for name, wanted in (("text.pth", "can't be read"), ("vit.pt", "--model small"),
                          ("resnet.pt", "resnet18"),
                          ("nested.pth", "doesn't fit --model small")):
-        refused(capsys, ["--grpo_steps", 1, "--weights", name], name, wanted)
+        refused(capsys, ["--steps", 1, "--weights", name], name, wanted)
     assert files(folder / "out") == []
 
 
 def test_weights_that_are_no_dict(capsys):
     torch.save(torch.zeros(3), "tensor.pth")
-    refused(capsys, ["--grpo_steps", 1, "--weights", "tensor.pth"], "tensor.pth")
+    refused(capsys, ["--steps", 1, "--weights", "tensor.pth"], "tensor.pth")
 
 
 def test_weights_that_cannot_be_fetched(folder, capsys, monkeypatch):
@@ -609,9 +613,9 @@ def test_missing_ultralytics(capsys, monkeypatch):
 
 
 def test_a_resume_of_another_run_is_refused(capsys):
-    run("--grpo_steps", 1)
+    run("--steps", 1)
     for words, wanted in ((["--model", "resnet18", "--weights", "none"], "--model small, not resnet18"),
                           (["--seed", 1], "--seed 0, not 1"), (["--head_only"], "--head_only False")):
         before = numbers("logs/cnn.csv")
-        refused(capsys, ["--grpo_steps", 2, *words, "--resume"], wanted)
+        refused(capsys, ["--steps", 2, *words, "--resume"], wanted)
         assert numbers("logs/cnn.csv") == before

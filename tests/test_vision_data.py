@@ -137,7 +137,8 @@ def test_class_similarity_has_ones_and_is_symmetric():
     features = torch.rand(200, 16, generator=generator) + 3
     label = torch.randint(7, (200,), generator=generator)
     found = rewards.class_similarity(features, label, 7)
-    assert torch.equal(found.diagonal(), torch.ones(7)) and torch.equal(found, found.T)
+    assert torch.equal(found.diagonal(), torch.ones(7))
+    torch.testing.assert_close(found, found.T, atol=1e-6, rtol=0)  # some CPUs' products round each half anew
     assert found.abs().max() <= 1 and found.fill_diagonal_(0).max() < 0.9  # centred: not all near 1
 
 
@@ -567,7 +568,7 @@ def test_an_epoch_sees_every_image_at_most_once(n, size):
 
 
 def damage(root):
-    """A text file, a truncated PNG, an empty file, and a folder, each named like an image."""
+    """A text file, a truncated PNG and an empty file, named like images; and a folder, which is none."""
     raw = (root / "train" / "ant" / "0.png").read_bytes()
     for name, content in (("text.png", b"no image"), ("cut.png", raw[:len(raw) // 2]), ("empty.png", b"")):
         (root / "train" / "ant" / name).write_bytes(content)
@@ -579,16 +580,15 @@ def test_bad_images_are_refused_or_skipped_and_counted(workers, folder, capsys):
     root = tree(folder / "d")
     damage(root)
     train = load_classes(str(root), 8).train
-    assert len(train) == 10
+    assert len(train) == 9  # the folder is none of them
     refused(capsys, lambda: seen(train, 2, num_workers=workers), "cut.png", "not readable",
             "--bad_images skip")
     names = seen(train, 10, num_workers=workers, bad_images="skip")
     assert len(names[0]) == 6
-    assert {Path(n).name for n in train.skipped} == {"text.png", "cut.png", "empty.png",
-                                                                            "dir.png"}
+    assert {Path(n).name for n in train.skipped} == {"text.png", "cut.png", "empty.png"}
     for _ in range(2):  # counted once, however often they come
         seen(train, 10, steps=3, num_workers=workers, bad_images="skip")
-    assert len(train.skipped) == 4
+    assert len(train.skipped) == 3
 
 
 def test_a_batch_of_bad_images_alone(folder, capsys):

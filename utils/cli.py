@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import typing
 from pathlib import Path
@@ -25,6 +26,17 @@ def need(module, extra):
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         die(f"this needs the package {error.name!r}, which isn't installed: pip install '.[{extra}]'")
+
+
+@contextlib.contextmanager
+def impatient(seconds=15):
+    """A download within it fails after so many seconds without an answer, instead of never."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 @dataclasses.dataclass(frozen=True)

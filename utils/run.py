@@ -22,7 +22,7 @@ class Run:
     """run = Run(…); run.hold(…); for step in run.steps(): …; run.finish()
 
     args: a script's dataclass with dtype, seed, log, out, track and resume. total: the number of steps.
-    made_by: the command that starts such a run. save_every: steps between checkpoints; 0: only at the end.
+    made_by: the command that starts such a run. save_every: steps between checkpoints; 0: only at Ctrl-C.
     """
 
     def __init__(self, args, columns, total, device, made_by, save_every, **record):
@@ -72,15 +72,12 @@ class Run:
             self.sums = {}
             self.start_clock()
             yield self.step
-            if self.stopping():
+            if max(ranks.gather([self.interrupt.asked])):  # Ctrl-C or SIGTERM reached one of the processes
                 self.save(self.step + 1)
                 self.csv.close()
                 self.interrupt.leave(resume_command())
-        self.save(self.total)
-
-    def stopping(self):
-        """Whether a process was asked to stop (Ctrl-C, SIGTERM). All processes must ask together."""
-        return max(ranks.gather([self.interrupt.asked]))
+        if self.save_every:
+            self.save(self.total)
 
     def start_clock(self):
         """The step's seconds count from here. Call it after an evaluation, which is no training time."""
@@ -103,11 +100,13 @@ class Run:
         optimizer.zero_grad()
         self.add({"grad_norm": norms[0]}, weight / ranks.world())
 
-    def write(self, samples=0, tokens=0, **numbers):
-        """A row of the CSV: the step's sums over all processes, `numbers`, counts, time and memory."""
+    def write(self, samples=0, tokens=0, due=True, **numbers):
+        """A row of the CSV, if one is due: sums over all processes, `numbers`, counts, time and memory."""
         elapsed = time.perf_counter() - self.clock
         for name, more in (("seconds", elapsed), ("samples", samples), ("tokens", tokens)):
             self.counts[name] += more
+        if not due:
+            return
         row = ranks.total(self.sums) | self.counts | {"peak_mem_mb": peak_mem_mb(self.device)}
         row["tokens_per_s"] = tokens / elapsed
         row = {name: value for name, value in row.items() if name in self.columns}

@@ -2,9 +2,9 @@
 
 Left out: detection and segmentation models. ultralytics is AGPL-3.0 and is imported only for yolov8.
 """
+import importlib
 import os
 import pickle
-import socket
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from utils.checkpoint import FORMAT
-from utils.cli import die, need
+from utils.cli import die, impatient, need
 
 YOLO = [f"yolov8{size}-cls" for size in "nsmlx"]
 
@@ -34,9 +34,9 @@ class SmallCNN(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A network whose last linear layer gives the logits; it stays in eval mode, as RL needs it.
+    """A network whose last linear layer gives the logits. It stays in eval mode, as RL needs it.
 
-    So BatchNorm uses its frozen statistics and dropout is off: KL at step 0 is 0.
+    So BatchNorm uses its frozen statistics and dropout is off, and KL at step 0 is 0.
     """
 
     def __init__(self, net, n_classes):
@@ -44,7 +44,8 @@ class Classifier(nn.Module):
         linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
             die(f"{type(net).__name__} has no linear head to train: choose another --model")
-        self.net, self.head_name = net.requires_grad_(True), linear[-1]  # ultralytics loads with False
+        self.net = net.requires_grad_(True)  # ultralytics loads its weights with False
+        self.head_name = linear[-1]
         if self.head.out_features != n_classes:
             net.set_submodule(self.head_name, nn.Linear(self.head.in_features, n_classes))
         self.eval()
@@ -55,19 +56,20 @@ class Classifier(nn.Module):
 
     def forward(self, images):
         out = self.net(images)
-        return (out[1] if isinstance(out, tuple) else out).float()  # yolov8 in eval mode: (softmax, logits)
+        logits = out[1] if isinstance(out, tuple) else out  # yolov8 in eval mode gives (softmax, logits)
+        return logits.float()
 
     def features(self, images):
         """What the head reads, (B, D)."""
-        seen = []
-        hook = self.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        head_inputs = []
+        hook = self.head.register_forward_pre_hook(lambda module, inputs: head_inputs.append(inputs[0]))
         self(images)
         hook.remove()
-        return seen[0].float()
+        return head_inputs[0].float()
 
     @torch.no_grad()
     def calibrate(self, batches):
-        """BatchNorm's statistics, which random weights have none of, from images: once, before training."""
+        """Sets BatchNorm's statistics from images, once, before training: random weights have none."""
         norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.reset_running_stats()
@@ -88,39 +90,37 @@ def build(name, n_classes, weights):
                 f"classifiers, {', '.join(n for n in known if n.startswith('resnet'))} and others")
         net = models.get_model(name, weights=None)
         if weights == "default":
-            net.load_state_dict(published(models.get_model_weights(name).DEFAULT))
+            net.load_state_dict(download(models.get_model_weights(name).DEFAULT))
     elif name == "small":
         net = SmallCNN(n_classes)
     else:
         net = yolo(name, weights)
     model = Classifier(net, n_classes)
-    if weights not in ("default", "none") and (name not in YOLO or ours(weights)):
+    if weights not in ("default", "none") and (name not in YOLO or is_ours(weights)):
         load_weights(model, name, weights)
     return model
 
 
-def published(weights):
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(15)
+def download(weights):
+    """The state dict of torchvision's published weights, from its cache or the network."""
     try:
-        return weights.get_state_dict(progress=False, check_hash=True)
+        with impatient():
+            return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         die(f"--weights default: {weights.url} can't be fetched ({error}): put that file into "
             f"{torch.hub.get_dir()}/checkpoints, or give --weights FILE or --weights none")
-    finally:
-        socket.setdefaulttimeout(before)
 
 
-def ours(path):
-    """Whether the file is a checkpoint of cnn_grpo.py's, told by its format."""
+def is_ours(path):
+    """Whether the file is a checkpoint of cnn_grpo.py's, by its format."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True).get("format") == FORMAT
-    except Exception:  # not ours then: whoever reads it next says what is wrong with it
+    except Exception:  # then it is not ours, and whoever reads it next says what is wrong with it
         return False
 
 
 def load_weights(model, name, path):
-    """A checkpoint of cnn_grpo.py, or a state dict as torchvision's; a head of other classes stays new."""
+    """Fills model from a checkpoint of cnn_grpo.py or a state dict; a head of other classes stays new."""
     if not Path(path).is_file():
         die(f"--weights {path}: no such file. Wanted default, none, or a file of weights.")
     try:
@@ -134,44 +134,42 @@ def load_weights(model, name, path):
         content = content["model"]
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         die(f"--weights {path} holds a {type(content).__name__}: wanted a state dict, names to tensors")
-    own = model.net.state_dict()
-    found = {key.removeprefix("net."): value for key, value in content.items()}
-    head = {f"{model.head_name}.weight", f"{model.head_name}.bias"}
-    odd = [k for k in own.keys() ^ found.keys() if not k.endswith("num_batches_tracked")]
-    odd += [k for k in own.keys() & found.keys() if own[k].shape != found[k].shape and k not in head]
-    if odd:
-        die(f"--weights {path} doesn't fit --model {name}: {len(odd)} entries differ, {min(odd)} the first")
-    if found[f"{model.head_name}.weight"].shape != model.head.weight.shape:
-        print(f"{path}: its head has {len(found[f'{model.head_name}.weight'])} classes, a new one is trained")
-        found = {k: v for k, v in found.items() if k not in head}
-    model.net.load_state_dict({**own, **found})
+    state = {key.removeprefix("net."): value for key, value in content.items()}
+    weight, bias = f"{model.head_name}.weight", f"{model.head_name}.bias"
+    if weight in state and len(state[weight]) != len(model.head.weight):
+        print(f"{path}: its head has {len(state[weight])} classes, a new one is trained")
+        state |= {weight: model.head.weight, bias: model.head.bias}
+    try:
+        model.net.load_state_dict(state)
+    except RuntimeError as error:
+        difference = " ".join(str(error).splitlines()[1].split())[:200]
+        die(f"--weights {path} doesn't fit --model {name}: {difference}")
 
 
 def yolo(name, weights):
-    """ultralytics' ClassificationModel; importing it must not reach a network nor change this process."""
+    """ultralytics' ClassificationModel. Its import must not reach a network nor change this process."""
     threads, save, read = os.environ.get("OMP_NUM_THREADS"), torch.save, Image.open
     os.environ.update(YOLO_OFFLINE="true", YOLO_VERBOSE="false")
     os.environ.setdefault("YOLO_CONFIG_DIR", str(Path("out/ultralytics").resolve()))
     Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
     tasks = need("ultralytics.nn.tasks", "yolo")
-    torch.save, Image.open = save, read  # it puts its own in their place
+    torch.save, Image.open = save, read  # the import replaces both
     os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
-    if weights == "default" or weights != "none" and not ours(weights):
+    if weights == "default" or weights != "none" and not is_ours(weights):
         return published_yolo(f"{name}.pt" if weights == "default" else weights)
     return tasks.ClassificationModel(f"{name}.yaml", verbose=False)
 
 
 def published_yolo(path):
-    """The network in a file of ultralytics', which pickles classes: torch.nn's and its own are let in."""
+    """The network in a file of ultralytics. Such a file pickles classes: torch.nn's and its own may load."""
     if not Path(path).is_file():
         die(f"--weights default: no {path} here. Fetch it from the releases of ultralytics/assets on GitHub, "
             "or give --weights none or --weights FILE.pt")
-    import importlib
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        odd = [n for n in names if not n.startswith(("torch.nn.modules.", "ultralytics.nn."))]
-        if odd:
-            die(f"{path} pickles {odd[0]}, which is no layer: no file of ultralytics', so not loaded")
+        foreign = [n for n in names if not n.startswith(("torch.nn.modules.", "ultralytics.nn."))]
+        if foreign:
+            die(f"{path} pickles {foreign[0]}, which is no layer: no file of ultralytics, so not loaded")
         parts = [n.rpartition(".") for n in names]
         with torch.serialization.safe_globals([getattr(importlib.import_module(m), c) for m, _, c in parts]):
             content = torch.load(path, map_location="cpu", weights_only=True)

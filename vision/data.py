@@ -1,12 +1,11 @@
-"""Images and their classes: scikit-learn's digits, image folders, CIFAR-100; batches of them.
+"""Images and their classes: scikit-learn's digits, image folders, CIFAR-100, and batches of them.
 
-Nothing is drawn at random while an image is loaded, so step s of a run sees the same batch after a resume and
-with any number of workers; a flip is drawn by the loop, for the whole batch. Boxes and masks: regions.py.
+Nothing is drawn at random while an image is loaded. So a step of a run sees the same batch after a resume and
+with any number of workers. A flip is drawn by the loop, for the whole batch. Boxes and masks: regions.py.
 Left out: augmentation beyond the flip, streaming data sets.
 """
 import functools
 import os
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,16 +15,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from utils.cli import die, need
+from utils.cli import die, impatient, need
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINDS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
 class Images(Dataset):
-    """Items (image (C, H, W), target, name), from tensors in memory or from files, read when asked for.
+    """Items (image (C, H, W), target, name), from tensors in memory or from files that `read` opens.
 
-    A file that can't be read gives image None: `batches` refuses it, or skips and counts it.
+    A file that can't be read gives the image None. `batches` refuses it, or skips and counts it.
     """
 
     def __init__(self, images, targets, names, read=None):
@@ -43,10 +42,16 @@ class Images(Dataset):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return None, str(error), str(self.images[i])
 
-    def subset(self, index):
+    def sample(self, n, generator, each_class=False):
+        """The first n items, or the first n of each class, in an order drawn from the generator."""
+        groups = [torch.randperm(len(self), generator=generator)]
+        if each_class:
+            labels = torch.stack([self.targets[i] for i in groups[0]])
+            groups = [groups[0][labels == c] for c in labels.unique()]
+        index = [i for group in groups for i in group[:n].tolist()]
         part = Images([self.images[i] for i in index], [self.targets[i] for i in index],
                       [self.names[i] for i in index], self.read)
-        part.skipped = self.skipped  # counted once for the whole
+        part.skipped = self.skipped  # one set for both, so that a file is counted once
         return part
 
 
@@ -55,12 +60,12 @@ class Data:
     train: Images
     val: Images
     classes: list[str] = field(default_factory=list)  # none for boxes and masks
-    flip: bool = False                                # a mirrored image is as good: not so for digits
+    flip: bool = False                                # may be mirrored: digits may not
     normalised: bool = False                          # ImageNet's mean and std are taken off
 
 
 def batches(data, batch_size, seed=0, start=0, steps=None, num_workers=0, bad_images="refuse"):
-    """Yields images (B, C, H, W), targets, names a step; steps=None: once through the data, in order."""
+    """Yields images (B, C, H, W), targets and names of each step; steps=None: once through, in order."""
     if steps is None:
         index = torch.arange(len(data)).split(batch_size)
     else:
@@ -68,9 +73,10 @@ def batches(data, batch_size, seed=0, start=0, steps=None, num_workers=0, bad_im
     loader = DataLoader(data, batch_sampler=[i.tolist() for i in index], num_workers=num_workers,
                         collate_fn=list)
     for items in loader:
-        for image, why, path in items:
+        for image, error, path in items:
             if image is None and bad_images == "refuse":
-                die(f"{path}: not readable as an image ({why}). Mend or remove it, or give --bad_images skip")
+                die(f"{path}: not readable as an image ({error}). Mend or remove it, or give --bad_images "
+                    "skip")
             if image is None:
                 data.skipped.add(path)
         items = [item for item in items if item[0] is not None]
@@ -83,7 +89,7 @@ def batches(data, batch_size, seed=0, start=0, steps=None, num_workers=0, bad_im
 
 
 def step_index(n, batch_size, seed, step):
-    """Which images step `step` sees: epochs in an order of their own, from (seed, epoch) alone."""
+    """The indices of a step's images; the order of an epoch follows from (seed, epoch) alone."""
     a_pass = max(1, n // batch_size)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step // a_pass)
     return torch.randperm(n, generator=generator)[step % a_pass * batch_size:][:batch_size]
@@ -103,55 +109,50 @@ def load_classes(root, size, normalise=True):
     if root == "cifar100":
         return cifar100(size, normalise)
     read = functools.partial(read_class, size, normalise)
-    parts = [class_files(folder) for folder in split_folders(root)]
-    (train_classes, *_), (val_classes, *_) = parts
-    if train_classes != val_classes:
-        odd = sorted(set(train_classes) ^ set(val_classes))
-        die(f"{root}: the two parts' classes differ, only one has {', '.join(odd[:5])}: wanted the same "
+    (classes, *train), (val_classes, *val) = (class_files(folder) for folder in split_folders(root))
+    if classes != val_classes:
+        unpaired = sorted(set(classes) ^ set(val_classes))
+        die(f"{root}: the two parts' classes differ, only one has {', '.join(unpaired[:5])}: wanted the same "
             "folders in both")
-    return Data(*[Images(files, labels, files, read) for _, files, labels in parts], train_classes, True,
-                normalise)
+    train, val = (Images(files, labels, files, read) for files, labels in (train, val))
+    return Data(train, val, classes, True, normalise)
 
 
 def split_folders(root):
     root = Path(root)
     if not root.is_dir():
         die(f"--data_root {root}: no such folder. Wanted one with train/ and val/ (or eval/), or `digits`.")
-    val = next((root / name for name in ("val", "eval") if (root / name).is_dir()), root / "val")
+    val = root / "val" if (root / "val").is_dir() or not (root / "eval").is_dir() else root / "eval"
     for folder in (root / "train", val):
         if not folder.is_dir():
-            found = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
-            die(f"--data_root {root} has no {folder.name}/ ({found}): wanted train/ and val/ (or eval/)")
+            names = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
+            die(f"--data_root {root} has no {folder.name}/ ({names}): wanted train/ and val/ (or eval/)")
     return root / "train", val
 
 
 def class_files(folder):
-    """-> class names, files, labels; ImageNet's layout: a folder a class."""
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    """-> class names, files, labels; ImageNet's layout, read by torchvision: a folder a class."""
+    torchvision_folder = need("torchvision.datasets.folder", "vision")
+    try:
+        classes, index = torchvision_folder.find_classes(folder)
+        samples = torchvision_folder.make_dataset(folder, index, KINDS)
+    except FileNotFoundError as error:
+        die(f"{folder} has no images of a class ({error}): wanted a folder for each class, with images in it")
     if len(classes) < 2:
-        die(f"{folder} has {len(classes)} class folders: wanted at least 2, with a class's images in each")
-    files, labels = [], []
-    for i, name in enumerate(classes):
-        found = image_files(folder / name)
-        if not found:
-            die(f"{folder / name} has no images: wanted {', '.join(KINDS[:3])}, … of the class {name!r}")
-        files += found
-        labels += [torch.tensor(i)] * len(found)
-    return classes, files, labels
-
-
-def image_files(folder):
-    return sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in KINDS)
+        die(f"{folder} has {len(classes)} class folder: wanted at least 2")
+    return classes, [path for path, _ in samples], [torch.tensor(label) for _, label in samples]
 
 
 def read_class(size, normalise, path, label):
-    """The shorter side to size·256/224, the centre of it, as ImageNet's evaluation does it."""
-    image = open_rgb(path)
-    scale = size * 256 / 224 / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return to_tensor(image.crop((left, top, left + size, top + size)), normalise), label
+    """As ImageNet's evaluation: the shorter side to size·256/224, then the centre."""
+    return to_tensor(centre(open_rgb(path), round(size * 256 / 224), size), normalise), label
+
+
+def centre(image, shorter, size, interpolation="bilinear"):
+    """A PIL image's shorter side to `shorter` pixels, then the size × size in its centre, by torchvision."""
+    transforms = need("torchvision.transforms.functional", "vision")
+    image = transforms.resize(image, shorter, transforms.InterpolationMode(interpolation))
+    return transforms.center_crop(image, size)
 
 
 def open_rgb(path):
@@ -168,7 +169,7 @@ def to_tensor(image, normalise=True):
 
 
 def standard(x, inverse=False):
-    """ImageNet's normalisation of (..., 3, H, W), or back."""
+    """ImageNet's normalisation of (…, 3, H, W), or back."""
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return x * std + mean if inverse else (x - mean) / std
 
@@ -176,22 +177,22 @@ def standard(x, inverse=False):
 @functools.cache
 def digit_arrays(seed=0):
     """1,797 handwritten digits -> {"train" or "test": (images (N, 1, 8, 8) in 0 … 1, labels (N,))}."""
-    found = need("sklearn.datasets", "vision").load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.tensor(found.target)
+    raw = need("sklearn.datasets", "vision").load_digits()
+    images = torch.tensor(raw.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(raw.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     parts = {"train": order[:1438], "test": order[1438:]}
     return {name: (images[part], labels[part]) for name, part in parts.items()}
 
 
 def digits(size=8, channels=3):
-    """scikit-learn's digits, scaled to size × size; the split is the same in every run."""
+    """scikit-learn's digits, scaled to size × size. The split is the same in every run."""
     def part(name):
         images, labels = digit_arrays()[name]
         if size != 8:
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        images = images.expand(-1, channels, -1, -1)
-        return Images(images, labels, [f"{name}/{i}" for i in range(len(labels))])
+        names = [f"{name}/{i}" for i in range(len(labels))]
+        return Images(images.expand(-1, channels, -1, -1), labels, names)
     return Data(part("train"), part("test"), [str(i) for i in range(10)])
 
 
@@ -200,21 +201,17 @@ def cifar100(size=32, normalise=True):
     datasets = need("torchvision.datasets", "vision")
     root = next((r for r in (os.environ.get("NANOGRPO_DATA", "data"), "data")
                  if (Path(r) / "cifar-100-python").is_dir()), "data")
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(15)
     try:
-        parts = [datasets.CIFAR100(root, train=train, download=True) for train in (True, False)]
+        with impatient():
+            parts = [datasets.CIFAR100(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         die(f"CIFAR-100 isn't at {root}/cifar-100-python and can't be downloaded ({type(error).__name__}): "
             "put the unpacked folder there, or name an image folder")
-    finally:
-        socket.setdefaulttimeout(before)
     read = functools.partial(read_cifar, size, normalise)
-    made = [Images([Image.fromarray(x) for x in part.data], torch.tensor(part.targets),
-                   [f"cifar100/{i}" for i in range(len(part))], read) for part in parts]
-    return Data(*made, parts[0].classes, True, normalise)
+    train, val = (Images([Image.fromarray(x) for x in part.data], torch.tensor(part.targets),
+                         [f"cifar100/{i}" for i in range(len(part))], read) for part in parts)
+    return Data(train, val, parts[0].classes, True, normalise)
 
 
 def read_cifar(size, normalise, image, label):
-    scaled = image if size == 32 else image.resize((size, size), Image.Resampling.BICUBIC)
-    return to_tensor(scaled, normalise), label
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC), normalise), label

@@ -1,4 +1,4 @@
-"""Images with a box or a mask: digit scenes made on the fly, COCO JSON, PNG masks (targets of vit_grpo.py).
+"""Images with a box or a mask, the targets of vit_grpo.py: scenes of digits, COCO JSON, PNG masks.
 
 Left out: several boxes an image, categories, run-length masks.
 """
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils.cli import die
-from vision.data import Data, Images, digit_arrays, image_files, open_rgb, split_folders, to_tensor
+from vision.data import KINDS, Data, Images, digit_arrays, open_rgb, split_folders, to_tensor
 
 
 def digit_scenes(n, size=32, digits=1, seed=0, split="train", sides=(0.35, 0.65)):
     """n grey canvases with `digits` digits each, at random places and sizes that don't overlap.
 
     -> images (n, 1, size, size) in 0 … 1, labels (n, digits), boxes (n, digits, 4) in pixels (x1, y1, x2, y2,
-    the far edges exclusive), masks (n, digits, size, size). `split` says whose digits are pasted: no test
-    digit is in a training scene. `sides`: a digit's side as a share of the canvas.
+    the far edges exclusive), masks (n, digits, size, size). The digits are those of `split`, so that no test
+    digit is in a training scene. sides: the least and greatest side of a digit, as shares of the canvas.
     """
     stock, stock_labels = digit_arrays()[split]
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
@@ -37,14 +37,14 @@ def digit_scenes(n, size=32, digits=1, seed=0, split="train", sides=(0.35, 0.65)
                     break
             else:
                 die(f"{digits} digits of {sides[0]:.0%} to {sides[1]:.0%} of a side don't fit a scene")
-            which = int(u[3] * len(stock))
-            digit = F.interpolate(stock[which:which + 1], (side, side), mode="bilinear")[0, 0]
+            index = int(u[3] * len(stock))
+            digit = F.interpolate(stock[index:index + 1], (side, side), mode="bilinear")[0, 0]
             ink = digit > 0.3
-            images[i, 0, y:y + side, x:x + side] += digit  # the place is free
+            images[i, 0, y:y + side, x:x + side] += digit
             masks[i, k, y:y + side, x:x + side] = ink
             rows, columns = ink.any(1).nonzero(), ink.any(0).nonzero()
             boxes[i, k] = torch.tensor([x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1])
-            labels[i, k] = stock_labels[which]
+            labels[i, k] = stock_labels[index]
     return images, labels, boxes, masks
 
 
@@ -53,7 +53,7 @@ def load_regions(task, root, size):
 
     root: "digits" for digit scenes, or a folder with train/ and val/ (or eval/): in each images and, for
     boxes, one COCO JSON (the largest box of an image is its target), for masks NAME_mask.png beside NAME.jpg.
-    Images are squeezed to size × size, so that every box and mask stays whole.
+    An image is resized to size × size without a crop, so that every box and mask stays whole.
     """
     if root == "digits":
         def part(n, split):
@@ -61,26 +61,27 @@ def load_regions(task, root, size):
             targets = boxes[:, 0] / size if task == "box" else masks[:, 0].long()
             return Images(images.expand(-1, 3, -1, -1), targets, [f"{split}/{i}" for i in range(n)])
         return Data(part(2000, "train"), part(500, "test"))
-    collect = {"box": coco_boxes, "mask": mask_files}[task]
-    read = functools.partial({"box": read_box, "mask": read_mask}[task], size)
+    collect, read = (coco_boxes, read_box) if task == "box" else (mask_files, read_mask)
     parts = [collect(folder) for folder in split_folders(root)]
+    read = functools.partial(read, size)
     return Data(*[Images(files, targets, files, read) for files, targets in parts], normalised=True)
 
 
 def coco_boxes(folder):
     """-> files, boxes (x1, y1, x2, y2 as shares of the sides); images without a box are left out."""
-    found = sorted(folder.rglob("*.json"))
-    if len(found) != 1:
-        die(f"{folder} holds {len(found)} JSON files: wanted one, COCO's, beside the images")
+    files = sorted(folder.rglob("*.json"))
+    if len(files) != 1:
+        die(f"{folder} holds {len(files)} JSON files: wanted one, COCO's, beside the images")
+    file = files[0]
     try:
-        content = json.loads(found[0].read_text())
+        content = json.loads(file.read_text())
         images = {image["id"]: image for image in content["images"]}
         annotations = [(a["id"], images[a["image_id"]], [float(v) for v in a["bbox"]])
                        for a in content["annotations"]]
         sizes = {i: (float(image["width"]), float(image["height"])) for i, image in images.items()}
-        paths = {i: found[0].parent / image["file_name"] for i, image in images.items()}
+        paths = {i: file.parent / image["file_name"] for i, image in images.items()}
     except (ValueError, KeyError, TypeError) as error:
-        die(f"{found[0]} is no COCO JSON ({type(error).__name__}: {error}): wanted images (id, file_name, "
+        die(f"{file} is no COCO JSON ({type(error).__name__}: {error}): wanted images (id, file_name, "
             "width, height) and annotations (id, image_id, bbox = [x, y, width, height])")
     largest = {}
     for number, image, box in annotations:
@@ -88,22 +89,23 @@ def coco_boxes(folder):
         x, y, w, h = box if len(box) == 4 else (0, 0, 0, 0)
         inside = 0 <= x < width and 0 <= y < height and x + w <= width + 1 and y + h <= height + 1
         if not (w > 0 and h > 0 and inside):
-            die(f"{found[0]}: annotation {number} has bbox {box}: wanted x, y, width, height in pixels of "
+            die(f"{file}: annotation {number} has bbox {box}: wanted x, y, width, height in pixels of "
                 f"the {width:g} × {height:g} of {paths[image['id']].name}")
         if w * h > largest.get(image["id"], (0,))[0]:
             share = torch.tensor([x / width, y / height, (x + w) / width, (y + h) / height]).clamp(max=1)
             largest[image["id"]] = (w * h, str(paths[image["id"]]), share)
     for _, path, _ in largest.values():
         if not Path(path).is_file():
-            die(f"{found[0]} names {Path(path).name}, which isn't in {found[0].parent}")
+            die(f"{file} names {Path(path).name}, which isn't in {file.parent}")
     if not largest:
-        die(f"{found[0]} has no annotation: wanted at least one box")
+        die(f"{file} has no annotation: wanted at least one box")
     return [path for _, path, _ in largest.values()], [share for _, _, share in largest.values()]
 
 
 def mask_files(folder):
     """-> images, and their masks' files."""
-    images = [p for p in image_files(folder) if not Path(p).stem.endswith("_mask")]
+    files = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in KINDS and p.is_file())
+    images = [path for path in files if not Path(path).stem.endswith("_mask")]
     masks = [str(Path(p).with_name(Path(p).stem + "_mask.png")) for p in images]
     for image, mask in zip(images, masks):
         if not Path(mask).is_file():

@@ -1,4 +1,4 @@
-"""What a vision run ends with: a table, a figure of its curves, a picture of its answers before and after."""
+"""The end of a vision run: a table, a figure of its curves, a picture of its answers before and after."""
 import io
 from pathlib import Path
 
@@ -8,24 +8,25 @@ from utils.cli import atomic_write
 from vision.data import batches, standard
 
 
-def report(args, data, found, columns, panels, made):
-    """found {"before": (numbers, answers), "after": …}; columns {number: title}; panels: of the figure.
+def report(args, data, results, columns, panels, made):
+    """Prints the table, writes figure and picture beside the CSV.
 
-    The table is printed, figure and picture go beside the CSV; the pictures are of the first held-out images,
-    never chosen; made: what else the run wrote.
+    results: {"before": (numbers, answers), "after": …}. columns: {number: title} of the table. panels: the
+    CSV's columns in the figure, none for no figure. made: what else the run wrote. The picture shows the
+    first held-out images, which nobody chose.
     """
     from rich.console import Console
     from rich.table import Table
 
     from utils.figure import plot_panels
     table = Table(f"{len(data.val)} held-out images", *columns.values())
-    for name, (row, _) in found.items():
+    for name, (row, _) in results.items():
         table.add_row(name, *(f"{row[key]:.3f}" for key in columns))
     Console().print(table)
     stem = Path(args.log).with_suffix("")
     images, truth, _ = next(batches(data.val, 10, bad_images=args.bad_images))
     images = standard(images, inverse=True) if data.normalised else images
-    rows = {name: answers[:len(images)].cpu() for name, (_, answers) in found.items()}
+    rows = {name: answers[:len(images)].cpu() for name, (_, answers) in results.items()}
     grid(f"{stem}_images.png", images, truth, rows, data.classes)
     if panels:
         made = [plot_panels([args.log], panels, f"{stem}.png", optional=True), *made]
@@ -35,12 +36,11 @@ def report(args, data, found, columns, panels, made):
 
 
 def grid(path, images, truth, rows, names=None):
-    """Writes a PNG, atomically.
+    """Writes a PNG, atomically, with a row of images for each entry of rows ({"before": …, "after": …}).
 
-    images (n, 3, H, W) in 0 … 1; truth and every value of rows ({"before": …, "after": …}) hold n answers of
-    one kind: class indices (n,) with their `names`, boxes (n, 4) as shares of the sides, or masks (n, H, W)
-    of 0 and 1. A class caption is green where right, red where wrong; the true box or outline is green, the
-    answer's red.
+    images (n, 3, H, W) in 0 … 1. truth and every value of rows hold n answers of one kind: class indices (n,)
+    with their `names`, boxes (n, 4) as shares of the sides, or masks (n, H, W) of 0 and 1. A class caption is
+    green where it is right, else red. The true box or outline is green, the answer is red.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

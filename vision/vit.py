@@ -1,10 +1,9 @@
-"""A vision transformer whose dropout is part of the policy; one body, three kinds of answer.
+"""A vision transformer whose dropout is part of the policy: one body, three kinds of answer.
 
-ViT (arXiv:2010.11929); dropout left on when it answers, each pass another network: MC dropout
-(arXiv:1506.02142). A pass takes the seed of its dropout masks, so that it can be replayed: GRPO scores an
-answer under the very network that gave it.
-Left out: pretrained weights, dropout on attention weights, other image sizes than the one built for.
-Run: python -m vision.vit_grpo
+ViT (arXiv:2010.11929) with dropout left on when it answers, so that each pass is another network: MC dropout
+(arXiv:1506.02142). A pass takes the seed of its dropout masks, so that it can be replayed. GRPO then scores
+an answer under the very network that gave it.
+Left out: pretrained weights, dropout on attention weights, a second image size. Run: python -m vision.vit_grpo
 """
 from dataclasses import asdict, dataclass
 
@@ -41,7 +40,7 @@ class ViTConfig:
 
 
 class Dropout(nn.Module):
-    """x·m / (1 - p), m one Bernoulli(1 - p) a number from the generator; x itself where there is none."""
+    """x·m / (1 − p), with one Bernoulli(1 − p) m a number, from the generator; without one x itself."""
 
     def __init__(self, p):
         super().__init__()
@@ -50,12 +49,12 @@ class Dropout(nn.Module):
     def forward(self, x, generator):
         if generator is None or self.p == 0:
             return x
-        keep = torch.rand(x.shape, generator=generator, device=x.device) >= self.p
-        return x * keep / (1 - self.p)
+        mask = torch.rand(x.shape, generator=generator, device=x.device) >= self.p
+        return x * mask / (1 - self.p)
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each normalised before and dropped out behind (arXiv:2010.11929, eq. 2, 3)."""
+    """Attention, then an MLP, each with a norm before and dropout after it (arXiv:2010.11929, eq. 2, 3)."""
 
     def __init__(self, width, heads, dropout):
         super().__init__()
@@ -74,13 +73,13 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """vit(images, seed=None): (N, C, H, W) -> logits (N, T, V); the seed is the dropout mask.
+    """vit(images, seed=None): (N, C, H, W) -> logits (N, T, V); the seed is that of the dropout masks.
 
-    The same seed with the same images in the same order is the same network, another seed another one; None
-    is the mean network, without dropout, for evaluation. Each row of the batch has masks of its own: an image
-    repeated G times is answered by G networks. A label and a box are read from T learnt tokens in front of
-    the patches (ViT's class token; four of them for a box), a mask from the patches' own tokens.
-    Leaves with a message where the sizes don't divide or dropout is no share.
+    The same seed, with the same images in the same order, is the same network. Another seed is another one.
+    None is the mean network, without dropout, for evaluation. Each row of the batch has masks of its own, so
+    an image repeated G times is answered by G networks. A label and a box are read from T learnt tokens in
+    front of the patches: ViT's class token, or four of them. A mask is read from the patches' own tokens.
+    Sizes that don't divide, or a dropout that is no share, end the run with a message.
     """
 
     def __init__(self, config):
@@ -100,7 +99,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(c.width, c.choices * (c.patch ** 2 if c.task == "mask" else 1))
 
     def tokens(self, images, seed=None):
-        """(N, C, H, W) -> (N, L, width): the tokens that the head reads, one an action, or one a patch."""
+        """(N, C, H, W) -> (N, L, width), the tokens that the head reads: one an action, or one a patch."""
         c = self.config
         generator = None if seed is None else torch.Generator(images.device).manual_seed(seed)
         x = self.embed(F.unfold(images, c.patch, stride=c.patch).transpose(1, 2))  # (N, patches, width)
@@ -115,34 +114,34 @@ class ViT(nn.Module):
 
     def forward(self, images, seed=None):
         c = self.config
-        logits = self.head(self.tokens(images, seed)).float()  # float32 under autocast, too
-        if c.task == "mask":  # fold undoes unfold: from patch by patch to rows of pixels
+        logits = self.head(self.tokens(images, seed)).float()  # losses are in float32 under autocast, too
+        if c.task == "mask":  # fold undoes unfold: patch by patch becomes row by row
             logits = F.fold(logits.transpose(1, 2), c.image_size, c.patch, stride=c.patch)  # (N, 2, H, W)
             logits = logits.flatten(2).transpose(1, 2)  # (N, H·W, 2)
         return logits
 
 
 def answers(config, action):
-    """What actions (..., T) say: classes (...,), boxes (..., 4) in shares of the sides, masks (..., H, W)."""
+    """What actions (…, T) mean: classes (…), boxes (…, 4) as shares of the sides, or masks (…, H, W)."""
     if config.task == "box":
         return action / (config.bins - 1)
     return action[..., 0] if config.task == "class" else action.unflatten(-1, (config.image_size,) * 2)
 
 
 def as_actions(config, target):
-    """The actions (N, T) that say a target: the inverse of `answers`, to the nearest bin."""
+    """The actions (N, T) that mean a target: the inverse of `answers`, to the nearest bin."""
     if config.task == "box":
         return (target * (config.bins - 1)).round().long()
     return target.reshape(len(target), -1)
 
 
 def load_vit(path, config, classes):
-    """The ViT in a best_vit_*.pt, with config's dropout; leaves with a message where it is another model."""
+    """The ViT in a best_vit_*.pt, with config's dropout. Another model ends the run with a message."""
     content = checkpoint.load(path, "vit", "python -m vision.vit_grpo", ("config", "model", "classes"))
     for name, value in {**asdict(config), "classes": classes}.items():
-        found = content["classes"] if name == "classes" else content["config"][name]
-        if name != "dropout" and found != value:
-            die(f"{path} is of another model: its {name} is {found}, wanted {value}")
+        saved = content["classes"] if name == "classes" else content["config"][name]
+        if name != "dropout" and saved != value:
+            die(f"{path} is of another model: its {name} is {saved}, wanted {value}")
     model = ViT(config)
     model.load_state_dict(content["model"])
     return model

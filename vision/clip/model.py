@@ -1,13 +1,11 @@
 """OpenAI's CLIP in fp32: weights from a file, class texts, and a small one that learns digits offline.
 
-A CLIP scores an image against every class's text (Radford et al., arXiv:2103.00020): softmax(s·cos) is its
-zero-shot classifier, and in clip_grpo.py the policy. The network is openai-clip's clip.model.CLIP.
-Left out: other CLIPs' file layouts, images with their own captions.
-Run: python clip_grpo.py
+A CLIP scores an image against every class's text (Radford et al., arXiv:2103.00020). Its zero-shot classifier
+is softmax(s·cos), which is the policy of clip_grpo.py. The network is openai-clip's clip.model.CLIP.
+Left out: other CLIPs' file layouts, images with their own captions. Run: python clip_grpo.py
 """
 import math
 import re
-import socket
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import checkpoint
-from utils.cli import die, need
+from utils.cli import die, impatient, need
 from utils.run import step_generator
 from vision.data import digits, step_index
 
@@ -57,7 +55,7 @@ def load_clip(name, weights="openai", seed=0):
     if Path(name).is_file():
         return from_file(name)
     if name not in SIZES:
-        die(f"--model-name {name!r} is neither a file nor known: wanted one of {', '.join(SIZES)}")
+        die(f"--model {name!r} is neither a file nor known: wanted one of {', '.join(SIZES)}")
     if weights == "openai":
         return from_file(download(name))
     torch.manual_seed(seed)
@@ -74,21 +72,18 @@ def build(config, state=None):
 def download(name):
     """OpenAI's file of that name in ~/.cache/clip, fetched and checked by its SHA-256 if it isn't there."""
     url, folder = clip_package().clip._MODELS[name], Path.home() / ".cache" / "clip"
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(15)
     try:
-        return clip_package().clip._download(url, str(folder))
+        with impatient():
+            return clip_package().clip._download(url, str(folder))
     except (OSError, RuntimeError) as error:
-        die(f"--model-name {name}: the weights aren't at {folder / Path(url).name} and can't be downloaded "
+        die(f"--model {name}: the weights aren't at {folder / Path(url).name} and can't be downloaded "
             f"({type(error).__name__}: {error}). Put {url} there, or give --weights random or a file's name.")
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def from_file(path):
     """A JIT archive as OpenAI's, a state dict, or a file of clip_grpo.py -> CLIP, its config.
 
-    Built in fp32 and filled, not through openai-clip's build_model, which would round every weight to fp16.
+    It is built in fp32 and then filled. openai-clip's build_model would round every weight to fp16.
     """
     try:
         archive = zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist())
@@ -106,13 +101,13 @@ def from_file(path):
         state = {name: value.float() for name, value in state.items() if name not in numbers}
         return build(infer_config(state), state)
     except (AttributeError, KeyError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        die(f"{path} holds no CLIP of OpenAI's layout ({type(error).__name__}: {why}): wanted an official "
+        reason = str(error).splitlines()[0]
+        die(f"{path} holds no CLIP of OpenAI's layout ({type(error).__name__}: {reason}): wanted an official "
             "file, its state dict, or the policy.pth of clip_grpo.py")
 
 
 def infer_config(state):
-    """CLIP's arguments from the shapes of its weights; widths are multiples of 64, a head's width."""
+    """CLIP's arguments, from the shapes of its weights. A head is 64 wide."""
     def blocks(prefix):
         return len({m[1] for m in (re.match(re.escape(prefix) + r"(\d+)\.", k) for k in state) if m})
     positions = math.isqrt(len(state["visual.positional_embedding" if "visual.proj" in state
@@ -132,7 +127,7 @@ def infer_config(state):
 
 # ---- class texts ----
 def fill(template, word):
-    """The template with its word, and the article by the word's sound: a one, an eight, an hour."""
+    """The template with its word. The article follows the word's sound: a one, an eight, an hour."""
     vowel = re.match(r"(?!uni|use|eu|one\b|ute|ura)[aeiou]|hour|honest|heir|8|1[18]\b", word.lower())
     template = re.sub(r"\b([aA])n? \{\}", r"\1n {}" if vowel else r"\1 {}", template)
     return template.replace("{}", word)
@@ -150,28 +145,28 @@ def text_features(model, words, templates):
         try:
             tokens = clip.tokenize(texts, model.context_length)
         except RuntimeError:
-            long = max(texts, key=len)
-            die(f"{long[:60]!r} … is longer than the model's context of {model.context_length} tokens: "
+            longest = max(texts, key=len)
+            die(f"{longest[:60]!r} … is longer than the model's context of {model.context_length} tokens: "
                 "shorten the class's name or the template")
         device = model.logit_scale.device
-        parts = [model.encode_text(some) for some in tokens.to(device).split(256)]
+        parts = [model.encode_text(rows) for rows in tokens.to(device).split(256)]
         total = total + F.normalize(torch.cat(parts).float(), dim=1)
     return F.normalize(total, dim=1)
 
 
 # ---- images ----
 def normalise(images):
-    """CLIP's mean and std taken off; (..., 3, H, W) in 0 … 1, in fp32."""
+    """(x − mean) / std with CLIP's numbers, in fp32: (…, 3, H, W) in 0 … 1."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
 # ---- the small CLIP's start ----
 def digits_start(folder, seed=0, accuracy=0.72, max_steps=1000):
-    """A small CLIP, trained by CLIP's contrastive loss on digits with captions, kept in `folder`.
+    """A small CLIP, trained by CLIP's contrastive loss on digits with captions, saved in `folder`.
 
-    It stops when its zero-shot accuracy on 512 of the training images reaches `accuracy`. Captions that are
-    equal count as pairs of each other: with ten digits a batch is full of them.
+    It stops when its zero-shot accuracy on 512 of the training images reaches `accuracy`. Two images with
+    equal captions count as a pair, too: with ten digits a batch holds many of them.
     """
     path = Path(folder) / f"start-s{seed}-{accuracy:g}.pth"
     if path.is_file():

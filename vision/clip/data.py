@@ -1,7 +1,4 @@
-"""What clip_grpo.py shows its CLIP: images as CLIP wants them, classes as words; and how well it does.
-
-Run: python clip_grpo.py
-"""
+"""The data of clip_grpo.py: images as CLIP wants them, classes as words, measures on held-out images."""
 import functools
 import math
 import os
@@ -10,46 +7,43 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from utils.cli import die, need
-from utils.rewards import load_reward
-from vision import clip_model, rewards
-from vision.data import batches, load_classes, open_rgb, to_tensor
+from vision.bandit import class_reward
+from vision.clip import model as clip_model
+from vision.data import batches, centre, load_classes, open_rgb, to_tensor
 
-STARTS = "out/clip"  # where the small CLIP's starts are kept
+STARTS = "out/clip"  # the folder of the small CLIP's starts
 MEASURES = ["top1", "top5", "top1_other_templates", "top1_rotated"]  # on held-out images
 
 
-# ---- what the run is about ----
+# ---- the model, the images and their classes ----
 def load(args):
     """-> CLIP, its config, Data with words for classes, whether digits, two sets of templates."""
-    dataset = args.dataset or ("cifar100" if args.model_name else "digits")
-    digits = dataset == "digits"
-    if not args.model_name and not digits:
-        die(f"--dataset {dataset}: without --model-name there is only a small CLIP of digits. Add "
-            f"--model-name (a file, or one of {', '.join(clip_model.SIZES)})")
+    dataset = args.dataset or ("cifar100" if args.model else "digits")
+    digits, is_folder = dataset == "digits", dataset not in ("digits", "cifar100")
+    if not args.model and not digits:
+        die(f"--dataset {dataset}: without --model there is only a small CLIP of digits. Add "
+            f"--model (a file, or one of {', '.join(clip_model.SIZES)})")
     if dataset == "cifar100" and args.data_path:
         os.environ["NANOGRPO_DATA"] = args.data_path
-    root = "digits" if digits else (args.data_path or "data/imagenet") if dataset == "imagenet" else dataset
-    if root not in ("digits", "cifar100") and not Path(root).is_dir():
+    root = args.data_path or "data/imagenet" if dataset == "imagenet" else dataset
+    if is_folder and not Path(root).is_dir():
         die(f"--dataset {dataset}: no folder {root}. Wanted digits, cifar100, imagenet "
-            "(with --data-path FOLDER) or a folder with train/ and val/, a folder a class in each")
-    if args.model_name:
-        model, config = clip_model.load_clip(args.model_name, args.weights, args.seed)
+            "(with --data_path FOLDER) or a folder with train/ and val/, a folder a class in each")
+    if args.model:
+        model, config = clip_model.load_clip(args.model, args.weights, args.seed)
     else:
         model, config = clip_model.digits_start(STARTS, args.seed, args.start_accuracy)
     size = config["image_resolution"]
     data = load_classes(root, size, normalise=False)
-    if root not in ("digits", "cifar100"):
-        for part in (data.train, data.val):
-            part.read = functools.partial(read_image, size)
+    if is_folder:
+        data.train.read = data.val.read = functools.partial(read_image, size)
     data.classes = class_words(data.classes, root, args.classnames)
     usual, other = clip_model.TEMPLATES, clip_model.OTHER_TEMPLATES
     if digits:
         usual, other = clip_model.DIGIT_TEMPLATES, clip_model.OTHER_DIGIT_TEMPLATES
-    templates = args.templates or usual, args.other_templates or other
-    return model, config, data, digits, *templates
+    return model, config, data, digits, args.templates or usual, args.other_templates or other
 
 
 def class_words(classes, dataset, names_file=""):
@@ -75,16 +69,12 @@ def class_words(classes, dataset, names_file=""):
 
 
 def read_image(size, path, label):
-    """As CLIP's own preprocessing: the shorter side to size, bicubic, the centre of it; 0 … 1."""
-    image = open_rgb(path)
-    width, height = (int(size * side / min(image.size)) for side in image.size)  # rounded as torchvision does
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return to_tensor(image.crop((left, top, left + size, top + size)), normalise=False), label
+    """As CLIP's own preprocessing: the shorter side to size, bicubic, then the centre; values 0 … 1."""
+    return to_tensor(centre(open_rgb(path), size, size, "bicubic"), normalise=False), label
 
 
 def rotated(images, degrees=25.0):
-    """The images turned counter-clockwise about their centre; what comes in from outside is black."""
+    """The images turned counter-clockwise about their centre. Outside of them it is black."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
     return F.grid_sample(images, F.affine_grid(turn, list(images.shape), align_corners=False).to(images),
@@ -92,24 +82,11 @@ def rotated(images, degrees=25.0):
 
 
 def reward_function(args, words, text):
-    """-> function (action (B, G), label (B,), names of B images) -> reward (B, G)."""
-    spec = "smooth" if args.smooth_rewards else args.reward
-    if spec == "bandit":
-        return lambda action, label, names: rewards.bandit(action, label)
-    if spec == "smooth":
-        similarity, C = text @ text.T, len(text)
-        far = (1 - similarity).sum() / (C * (C - 1))  # mean over pairs: such a miss earns e⁻¹⁰
-        tau = args.smooth_tau if args.smooth_tau is not None else far / 10
-        return lambda action, label, names: rewards.smooth(action, label, similarity, tau)
-    function = load_reward(spec, ("bandit", "smooth"))
-
-    def by_function(action, label, names):
-        G = action.shape[1]
-        found = function(completions=[words[i] for i in action.flatten().tolist()],
-                         prompts=[name for name in names for _ in range(G)],
-                         label=[words[i] for i in label.tolist() for _ in range(G)])
-        return torch.tensor(found, device=action.device).view(-1, G)
-    return by_function
+    """--reward on classes whose similarity is that of their texts, (C, D): see `class_reward`."""
+    similarity, C = text @ text.T, len(text)
+    distance = (1 - similarity).sum() / (C * (C - 1))  # mean over pairs of classes
+    tau = args.tau if args.tau is not None else distance / 10  # a miss at that distance earns e⁻¹⁰
+    return class_reward(args.reward, words, similarity, ("bandit", "smooth"), tau=tau)
 
 
 @torch.no_grad()
@@ -120,15 +97,15 @@ def evaluate(encoder, val, text, other_text, digits, **reading):
         features, label = encoder(images), label.to(text.device)
         labels.append(label)
         best = (features @ text.T).topk(min(5, len(text)), dim=1).indices
-        ranked = best == label[:, None]
+        hits = best == label[:, None]
         named.append(best[:, 0])
-        right["top1"].append(ranked[:, 0])
+        right["top1"].append(hits[:, 0])
         if len(text) > 5:
-            right["top5"].append(ranked.any(1))
+            right["top5"].append(hits.any(1))
         right["top1_other_templates"].append((features @ other_text.T).argmax(1) == label)
         if digits:
             right["top1_rotated"].append((encoder(rotated(images)) @ text.T).argmax(1) == label)
     top1, labels = torch.cat(right["top1"]).float(), torch.cat(labels)
-    scores = {name: torch.cat(found).float().mean().item() for name, found in right.items() if found}
-    of_class = [top1[labels == c] for c in range(len(text))]
-    return scores, [found.mean().item() if len(found) else None for found in of_class], torch.cat(named)
+    scores = {name: torch.cat(parts).float().mean().item() for name, parts in right.items() if parts}
+    by_class = [top1[labels == c] for c in range(len(text))]
+    return scores, [hits.mean().item() if len(hits) else None for hits in by_class], torch.cat(named)

@@ -1,10 +1,9 @@
 """LoRA for CLIP's visual transformer: W + (α/r)·B·A, only A and B trained (Hu et al., arXiv:2106.09685).
 
-peft adapts an nn.Linear. CLIP's attention is an nn.MultiheadAttention, whose frozen weights peft 0.21
-rewrites in the forward pass, and whose out_proj it adapts without effect; so each is first swapped for one
-with a Linear each for q, k, v and out. The reference is the same network, its adapters off: no second copy.
-Left out: the text tower (frozen), CLIP's ResNets.
-Run: python clip_grpo.py --use-lora --lora-r 8
+peft adapts an nn.Linear. CLIP's attention is an nn.MultiheadAttention. peft 0.21 rewrites its frozen weights
+in the forward pass, and adapts its out_proj without effect. So each attention is first replaced by one that
+has a Linear each for q, k, v and out. The reference is the same network with its adapters off.
+Left out: the text tower (frozen), CLIP's ResNets. Run: python clip_grpo.py --use_lora --lora_r 8
 """
 import copy
 import re
@@ -18,13 +17,13 @@ from utils.cli import die, need
 
 
 class SplitAttention(nn.Module):
-    """CLIP's nn.MultiheadAttention, its packed weights sliced apart; the output is the same to the bit."""
+    """CLIP's nn.MultiheadAttention with its packed weights split. The output is the same to the bit."""
 
     def __init__(self, packed):
         super().__init__()
         self.heads = packed.num_heads
         weights, biases = packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3)
-        self.q, self.k, self.v = (linear(*both) for both in zip(weights, biases))
+        self.q, self.k, self.v = (linear(*pair) for pair in zip(weights, biases))
         self.out = linear(packed.out_proj.weight, packed.out_proj.bias)
 
     def forward(self, x, key, value, need_weights=False, attn_mask=None):
@@ -37,18 +36,19 @@ class SplitAttention(nn.Module):
 
 
 def linear(weight, bias):
-    made = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    """An nn.Linear with copies of these weights."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        made.weight.copy_(weight)
-        made.bias.copy_(bias)
-    return made
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer
 
 
 def add_lora(visual, r=8, alpha=16, dropout=0.05):
-    """The visual tower with adapters on q, k, v, out and both layers of each MLP; all else is frozen."""
+    """The visual tower with adapters on q, k, v, out and both layers of each MLP. All else is frozen."""
     peft = need("peft", "clip")
     if not hasattr(visual, "transformer"):
-        die("--use-lora: this CLIP sees with a ResNet, wanted one with a transformer, such as ViT-B/32")
+        die("--use_lora: this CLIP sees with a ResNet, wanted one with a transformer, such as ViT-B/32")
     for block in visual.transformer.resblocks:
         block.attn = SplitAttention(block.attn)
     config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
@@ -57,7 +57,7 @@ def add_lora(visual, r=8, alpha=16, dropout=0.05):
 
 
 def check_gradients(visual, images):
-    """AssertionError unless every adapter gets a gradient. B starts at 0, so A's is still 0: B's counts."""
+    """AssertionError unless every B gets a gradient. B starts at 0, so the gradient of A is still 0."""
     features = visual(images)
     direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
     (features * direction.to(features)).sum().backward()
@@ -69,9 +69,8 @@ def check_gradients(visual, images):
 
 def count(visual):
     """-> trainable parameters, all parameters but the adapters (those of the tower itself)."""
-    sizes = {name: p.numel() for name, p in visual.named_parameters()}
     trainable = sum(p.numel() for p in visual.parameters() if p.requires_grad)
-    return trainable, sum(n for name, n in sizes.items() if "lora_" not in name)
+    return trainable, sum(p.numel() for name, p in visual.named_parameters() if "lora_" not in name)
 
 
 # ---- files: the adapters alone, or the tower with them added ----
@@ -84,17 +83,17 @@ def save_adapter(path, visual, logit_scale):
 
 
 def load_adapter(path, visual, logit_scale):
-    """Puts the file's adapters into a tower with `add_lora`'s; refuses those of other sizes."""
+    """Fills a tower's adapters from the file. Those of other sizes end the run with a message."""
     peft = need("peft", "clip")
-    content = checkpoint.load(path, "adapter", "python clip_grpo.py --use-lora --save-model",
+    content = checkpoint.load(path, "adapter", "python clip_grpo.py --use_lora --save_model",
                               ("config", "model", "logit_scale"))
-    here = visual.peft_config["default"]
-    wanted = {"r": here.r, "alpha": here.lora_alpha}
+    own = visual.peft_config["default"]
+    wanted = {"r": own.r, "alpha": own.lora_alpha}
     shapes = [{k: v.shape for k, v in state.items()}
               for state in (content["model"], peft.get_peft_model_state_dict(visual))]
     if content["config"] != wanted or shapes[0] != shapes[1]:
-        die(f"--lora-adapter {path} was made with {content['config']}, for {len(shapes[0])} matrices: wanted "
-            f"{wanted}, and the {len(shapes[1])} of this tower. Give its --lora-r, --lora-alpha and model")
+        die(f"--lora_adapter {path} was made with {content['config']}, for {len(shapes[0])} matrices: wanted "
+            f"{wanted}, and the {len(shapes[1])} of this tower. Give its --lora_r, --lora_alpha and model")
     peft.set_peft_model_state_dict(visual, content["model"])
     with torch.no_grad():
         logit_scale.copy_(content["logit_scale"])

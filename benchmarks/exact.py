@@ -1,29 +1,36 @@
-"""What sampling costs: GRPO beside the exact policy gradient, which ten classes allow to be enumerated.
+"""What sampling costs: GRPO beside the exact policy gradient, which can be enumerated over ten classes.
 
-The same start, images and steps for each of: cross-entropy with the labels, the exact gradient of the
-expected reward Σ_a π(a)·r(a), REINFORCE without a baseline, and GRPO with 2, 4, 8 and 16 answers an image;
-then the cosine between a sampled gradient and the exact one. Reward `bandit`, no KL term, no auxiliary loss.
-Run: python -m vision.exact
+Four methods have the same start, images and steps: cross-entropy with the labels, the exact gradient of the
+expected reward Σ_a π(a)·r(a), REINFORCE without a baseline, and GRPO with several group sizes. Then comes the
+cosine between a sampled gradient and the exact one. The reward is `bandit`, without a KL term.
+Run: python benchmarks/exact.py
 """
 import copy
+import io
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
-import utils  # before torch: it sets how OpenMP's threads wait
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-import torch
-import torch.nn.functional as F
+import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wait)
 
-from grpo import OBJECTIVES, group_advantage, grpo_loss
-from utils.figure import COLORS, DASHES, STYLE, band, curve, read_runs
-from utils.cli import at_least, atomic_write, die, parse
-from utils.device import write_run_record
-from utils.log import SHARED, Log
-from utils.run import step_generator
-from vision import cnn_grpo
-from vision.data import batches
-from vision.rewards import bandit
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from grpo import OBJECTIVES, group_advantage, grpo_loss  # noqa: E402
+from utils.cli import AtLeast, atomic_write, die, parse  # noqa: E402
+from utils.device import write_run_record  # noqa: E402
+from utils.figure import COLORS, DASHES, STYLE, band, curve, read_runs  # noqa: E402
+from utils.log import SHARED, Log  # noqa: E402
+from utils.run import step_generator  # noqa: E402
+from vision.bandit import draw, entropy, exact_kl, supervised_steps  # noqa: E402
+from vision.cnn import build  # noqa: E402
+from vision.data import batches, digits  # noqa: E402
+from vision.rewards import bandit  # noqa: E402
 
 METHODS = {"cross-entropy": ("ce", 1), "exact gradient": ("exact", 1), "REINFORCE G=4": ("reinforce", 4),
            **{f"GRPO G={G}": ("grpo", G) for G in (2, 4, 8, 16)}}
@@ -32,28 +39,42 @@ GROUPS = (2, 4, 8, 16, 32, 64)
 
 @dataclass
 class Args:
-    seeds: int = 5
-    steps: int = 300
-    batch_size: int = 128
-    lr: float = 1e-3
-    draws: int = 20  # sampled gradients a point of the cosine
-    eval_interval: int = 10
-    out: str = "results/exact"  # CSVs, and the figure beside this folder
-    draw_only: bool = False  # the figure from the CSVs that are there
+    ALIASES: ClassVar[dict[str, str]] = {"eval_interval": "eval_every"}
+
+    seeds: Annotated[int, AtLeast(1)] = 5  # runs of each method
+    steps: Annotated[int, AtLeast(1)] = 300  # of each run
+    batch_size: Annotated[int, AtLeast(2)] = 128  # images a step
+    lr: Annotated[float, AtLeast(0.0)] = 1e-3  # of AdamW
+    draws: Annotated[int, AtLeast(1)] = 20  # sampled gradients a point of the cosine
+    eval_every: Annotated[int, AtLeast(1)] = 10  # steps
+    out: str = "results/exact"  # the folder of the CSVs; the figure is written beside it
+    draw_only: bool = False  # the figure alone, from CSVs of an earlier run
+
+
+def start(seed):
+    """The start of cnn_grpo.py on digits: a small CNN that saw three labelled images a class."""
+    data = digits(8)
+    data.val = data.val.sample(len(data.val), step_generator(0, 0))
+    torch.manual_seed(seed)
+    policy = build("small", len(data.classes), "none")
+    few = data.train.sample(3, step_generator(seed, 10**6), each_class=True)
+    for _, images, label in supervised_steps(policy, few, 60, seed):
+        F.cross_entropy(policy(images), label).backward()
+    return data, policy
 
 
 def objective_loss(method, G, logits, label, generator):
-    """The loss of a method on a batch, and its reward and advantage (None where nothing is sampled)."""
+    """The loss of a method on a batch, its reward and its advantage (both None where nothing is sampled)."""
     logp_all = logits.log_softmax(1)  # (B, C)
     if method == "ce":
         return F.cross_entropy(logits, label), None, None
     if method == "exact":
         return -logp_all.exp().gather(1, label[:, None]).mean(), None, None  # Σ_a π(a)·r(a) = π(label)
-    action = cnn_grpo.draw(logp_all.detach(), G, generator)  # (B, G)
-    reward, row = bandit(action, label), OBJECTIVES[method]
-    adv = group_advantage(reward, row.baseline, row.scale)
+    action = draw(logp_all.detach(), G, generator)  # (B, G)
+    reward, objective = bandit(action, label), OBJECTIVES[method]
+    adv = group_advantage(reward, objective.baseline, objective.scale)
     logp = logp_all.gather(1, action)[:, :, None]  # (B, G, 1)
-    loss, _ = grpo_loss(logp, logp.detach(), logp.detach(), adv, torch.ones_like(logp), row)
+    loss, _ = grpo_loss(logp, logp.detach(), logp.detach(), adv, torch.ones_like(logp), objective)
     return loss, reward, adv
 
 
@@ -65,7 +86,7 @@ def gradient(policy, loss):
 def train(name, seed, args):
     """One method from the seed's start; a CSV with the expected reward π(label) every few steps."""
     method, G = METHODS[name]
-    data, policy = cnn_grpo.load(cnn_grpo.Args(seed=seed), torch.device("cpu"))
+    data, policy = start(seed)
     ref = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     path = f"{args.out}/{name.replace(' ', '_')}-s{seed}.csv"
@@ -79,11 +100,11 @@ def train(name, seed, args):
         loss, reward, adv = objective_loss(method, G, logits, label, step_generator(seed, step))
         loss.backward()
         seconds += time.perf_counter() - clock
-        if step % args.eval_interval == 0:
+        if step % args.eval_every == 0:
             with torch.no_grad():
                 logp, logp_ref = policy(held).log_softmax(1), ref(held).log_softmax(1)
             log.write(step=step, loss=loss, mean_r=logp.exp().gather(1, labels[:, None]).mean(),
-                      kl=cnn_grpo.exact_kl(logp, logp_ref).mean(), entropy=-(logp.exp() * logp).sum(1).mean(),
+                      kl=exact_kl(logp, logp_ref).mean(), entropy=entropy(logp).mean(),
                       token_adv=None if adv is None else adv.abs().mean(), seconds=seconds,
                       samples=None if adv is None else (step + 1) * adv.numel(),
                       top1=(logp.argmax(1) == labels).float().mean())
@@ -94,23 +115,23 @@ def train(name, seed, args):
 
 def cosines(seed, args):
     """At the start, on one batch: the mean cosine between one draw's gradient and the exact one, by G."""
-    data, policy = cnn_grpo.load(cnn_grpo.Args(seed=seed), torch.device("cpu"))
+    data, policy = start(seed)
     images, label, _ = next(batches(data.train, args.batch_size, seed, 0, 1))
     logits = policy(images)
     exact = gradient(policy, objective_loss("exact", 1, logits, label, None)[0])
     for method in ("grpo", "dr_grpo", "reinforce"):
         log = Log(f"{args.out}/cosine_{method}-s{seed}.csv", ["step", "cosine"], 0)  # step: G
         for G in GROUPS:
-            found = [gradient(policy, objective_loss(method, G, logits, label, step_generator(seed, i))[0])
-                     for i in range(args.draws)]
-            log.write(step=G, cosine=torch.stack([F.cosine_similarity(g, exact, 0) for g in found]).mean())
+            similarity = []
+            for i in range(args.draws):
+                loss, *_ = objective_loss(method, G, logits, label, step_generator(seed, i))
+                similarity.append(F.cosine_similarity(gradient(policy, loss), exact, 0))
+            log.write(step=G, cosine=torch.stack(similarity).mean())
         log.close()
 
 
 def figure(args):
     """Left: expected reward, held out, against steps; right: cosine against G. Bands: std over seeds."""
-    import io
-
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):
@@ -119,10 +140,10 @@ def figure(args):
         for ax, names, metric in ((left, [n.replace(" ", "_") for n in METHODS], "mean_r"),
                                   (right, ["cosine_grpo", "cosine_dr_grpo", "cosine_reinforce"], "cosine")):
             for i, name in enumerate(names):
-                found = sorted(Path(args.out).glob(f"{name}-s*.csv"))
-                if not found:
-                    die(f"--draw_only: no {args.out}/{name}-s*.csv: run `python -m vision.exact` first")
-                curves = [curve(frame, metric) for frame in read_runs(found)[name]]
+                paths = sorted(Path(args.out).glob(f"{name}-s*.csv"))
+                if not paths:
+                    die(f"--draw_only: no {args.out}/{name}-s*.csv: run `python benchmarks/exact.py` first")
+                curves = [curve(frame, metric) for frame in read_runs(paths)[name]]
                 x, mean, std = band(curves) if len(curves) > 1 else (*curves[0], 0)
                 style = {"color": COLORS[i % 7], "linestyle": DASHES[i % 5], "linewidth": 1.6}
                 ax.plot(x, mean, label=name.removeprefix("cosine_").replace("_", " "), **style)
@@ -140,7 +161,6 @@ def figure(args):
 
 
 def main(args):
-    at_least(args, seeds=1, steps=1, batch_size=2, draws=1, eval_interval=1, lr=0.0)
     for seed in range(0 if args.draw_only else args.seeds):
         for name in METHODS:
             train(name, seed, args)

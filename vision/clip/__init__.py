@@ -1,0 +1,1 @@
+"""What clip_grpo.py is made of: its data and texts, its network, LoRA."""
