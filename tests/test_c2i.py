@@ -16,15 +16,18 @@ import torch
 from helpers import cli, files, read_csv
 from PIL import Image
 
-from vision import c2i_data, c2i_grpo, c2i_models
-from vision.c2i_data import center_crop
-from vision.c2i_models import frechet, judged
-from vision.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig
-from vision.vq import VQS, VQConfig, VQModel
+from vision import c2i_grpo
+from vision.c2i import data as c2i_data
+from vision.c2i import models as c2i_models
+from vision.c2i import rollout
+from vision.c2i.data import center_crop
+from vision.c2i.models import frechet, judged
+from vision.c2i.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig
+from vision.c2i.vq import VQS, VQConfig, VQModel
 
-SOME = ["--device", "cpu", "--vq-steps", 4, "--gpt-steps", 6, "--classifier-steps", 6, "--max-steps", 2,
-        "--sample-batch-size", 8, "--train-batch-size", 4, "--num-generations", 4, "--eval-images", 3,
-        "--eval-every", 0, "--lr", 3e-3, "--log-image-every", 0, "--ckpt-every", 0]
+SOME = ["--device", "cpu", "--vq-steps", 4, "--gpt-steps", 6, "--classifier-steps", 6, "--steps", 2,
+        "--sample-batch-size", 8, "--train-batch-size", 4, "--group-size", 4, "--eval-images", 3,
+        "--eval-every", 0, "--lr", 3e-3, "--log-image-every", 0, "--save-every", 0]
 BRIGHT = """
 def bright(images, labels):
     assert 0 <= images.min() and images.max() <= 1 and labels.max() < 10
@@ -41,7 +44,7 @@ TIMING = {"seconds", "sampling_s", "peak_mem_mb"}
 def stages(tmp_path_factory):
     """The digits' own models, hardly trained, made once."""
     folder = tmp_path_factory.mktemp("c2i")
-    cli(c2i_grpo, *SOME, "--max-steps", 1, "--ckpt-dir", folder, "--log", folder / "c2i.csv")
+    cli(c2i_grpo, *SOME, "--steps", 1, "--out", folder, "--log", folder / "c2i.csv")
     return folder / "digits"
 
 
@@ -62,8 +65,8 @@ def run(*words, log="logs/c2i.csv"):
 
 
 def weights(folder):
-    found = torch.load(Path(folder) / "consolidated.pth", weights_only=True)
-    return torch.cat([w.flatten() for w in found.values()])
+    state = torch.load(Path(folder) / "consolidated.pth", weights_only=True)
+    return torch.cat([w.flatten() for w in state.values()])
 
 
 def refused(capsys, *words, said):
@@ -85,7 +88,7 @@ MODES = [["--sampling", kind, *words] for kind in ("autoregressive", "teacher-fo
 @pytest.mark.parametrize("words", MODES, ids=lambda words: " ".join(map(str, words)))
 def test_what_is_sampled_is_what_is_scored(words):
     """The first ratio is 1, also when the policy has moved; the reference is scored on the same support."""
-    rows = run("--train-batch-size", 8, "--max-steps", 3, *words)[:3]
+    rows = run("--train-batch-size", 8, "--steps", 3, *words)[:3]
     assert all(float(row["sampler_gap_max"]) < 1e-5 for row in rows)
     assert all(abs(float(row["ratio_max"]) - 1) < 1e-5 for row in rows)
     assert float(rows[0]["kl"]) == 0 and 0 < float(rows[2]["kl"]) < 5
@@ -94,13 +97,13 @@ def test_what_is_sampled_is_what_is_scored(words):
 
 def test_the_gap_sees_a_scorer_that_forgets_a_setting(monkeypatch):
     """Else the test above could pass with a column of zeros."""
-    true = c2i_grpo.score
-    monkeypatch.setattr(c2i_grpo, "score", lambda *a, temperature, **kw: true(*a, temperature=1.0, **kw))
+    true = rollout.score
+    monkeypatch.setattr(rollout, "score", lambda *a, temperature, **kw: true(*a, temperature=1.0, **kw))
     assert float(run("--temperature", 0.6)[0]["sampler_gap_max"]) > 0.01
 
 
 def test_several_updates_a_rollout_start_from_the_old_policy():
-    rows = run("--clip-range", 1e-4)[:2]
+    rows = run("--eps", 1e-4)[:2]
     assert all(float(row["sampler_gap_max"]) < 1e-5 for row in rows)
     assert all(float(row["ratio_max"]) > 1 + 1e-4 and float(row["clip_frac"]) > 0.01 for row in rows)
 
@@ -122,8 +125,8 @@ for kind in sys.argv[1].split(","):
     os.environ["LOCAL_WORLD_SIZE"] = "1" if kind == "hsdp" else "2"  # two nodes of one process
     sharded = ["--ckpt-sharded"] if kind == "fsdp" else []
     parallel, _, half = kind.partition("-")
-    half = ["--grad-precision", "bf16"] + ["--mixed-precision", "bf16"] * (parallel != "ddp") if half else []
-    cli(c2i_grpo, *words, "--data-parallel", parallel, "--ckpt-dir", kind, "--log", f"{kind}.csv", *sharded,
+    half = ["--grad-precision", "bf16"] + ["--dtype", "bf16"] * (parallel != "ddp") if half else []
+    cli(c2i_grpo, *words, "--data-parallel", parallel, "--out", kind, "--log", f"{kind}.csv", *sharded,
         *half)
 try:
     cli(c2i_grpo, *words, "--top-p", "2")
@@ -151,8 +154,8 @@ def two_processes(*words):
                          ids=",".join)
 def test_two_processes_equal_one_and_resume_on_one(folder, kinds):
     """5 steps of 2 updates; the run of two processes goes on as a run of one, whole or in shards."""
-    shared = [*SOME, "--max-steps", 5, "--ckpt-every", 3]
-    cli(c2i_grpo, *shared, "--ckpt-dir", "one", "--log", "one.csv")
+    shared = [*SOME, "--steps", 5, "--save-every", 3]
+    cli(c2i_grpo, *shared, "--out", "one", "--log", "one.csv")
     want, want_weights = numbers("one.csv"), weights("one/0000005")
     for kind in kinds:
         shutil.copytree("checkpoints/digits", f"{kind}/digits")
@@ -162,8 +165,7 @@ def test_two_processes_equal_one_and_resume_on_one(folder, kinds):
     assert "left with 2" in out0 and "left with 2" in out1 and "accuracy" in out0 and "accuracy" not in out1
     moved = (want_weights - weights("one/0000003")).abs().max()
     for kind in kinds:
-        found = numbers(f"{kind}.csv")
-        for a, b in zip(want, found, strict=True):
+        for a, b in zip(want, numbers(f"{kind}.csv"), strict=True):
             for name in set(a) - {"peak_mem_mb"}:
                 one, two = (float(row[name] or "nan") for row in (a, b))
                 assert one == pytest.approx(two, abs=1e-4, rel=1e-4, nan_ok=True), (kind, a["step"], name)
@@ -176,7 +178,7 @@ def test_two_processes_equal_one_and_resume_on_one(folder, kinds):
             assert (weights(f"{kind}/0000005") - want_weights).abs().max() < 1e-4 < 0.01 * moved
         if kind != "ddp":
             shutil.rmtree(f"{kind}/0000005")
-            cli(c2i_grpo, *shared, "--resume", "--ckpt-dir", kind, "--log", f"{kind}.csv")
+            cli(c2i_grpo, *shared, "--resume", "--out", kind, "--log", f"{kind}.csv")
             assert (weights(f"{kind}/0000005") - want_weights).abs().max() < 1e-4
             assert [r["step"] for r in numbers(f"{kind}.csv")] == ["0", "1", "2", "3", "4", "5"]
 
@@ -184,8 +186,8 @@ def test_two_processes_equal_one_and_resume_on_one(folder, kinds):
 @pytest.mark.slow
 def test_half_precision_between_processes(folder):
     """Gradients in bf16 under DDP, all passes in bf16 under FSDP2: near float32 on one process, not equal."""
-    shared = [*SOME, "--max-steps", 2, "--ckpt-every", 2]
-    cli(c2i_grpo, *shared, "--ckpt-dir", "one", "--log", "one.csv")
+    shared = [*SOME, "--steps", 2, "--save-every", 2]
+    cli(c2i_grpo, *shared, "--out", "one", "--log", "one.csv")
     for kind in ("ddp-half", "fsdp-half"):
         shutil.copytree("checkpoints/digits", f"{kind}/digits")
     two_processes("ddp-half,fsdp-half", *shared, "--sample-batch-size", 4, "--train-batch-size", 2)
@@ -198,25 +200,25 @@ def test_half_precision_between_processes(folder):
 
 @pytest.mark.parametrize("words", [[], ["--ckpt-sharded"]], ids=["full", "sharded"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(words):
-    shared = ["--ckpt-every", 2, *words, "--num-generations", 2]
+    shared = ["--save-every", 2, *words, "--group-size", 2]
     shutil.copytree("checkpoints/digits", "whole/digits")
-    want = run(*shared, "--max-steps", 4, "--ckpt-dir", "whole", log="whole.csv")
-    run(*shared, "--max-steps", 2)
-    run(*shared, "--max-steps", 4, "--resume")
+    want = run(*shared, "--steps", 4, "--out", "whole", log="whole.csv")
+    run(*shared, "--steps", 2)
+    run(*shared, "--steps", 4, "--resume")
     assert numbers() == want
     final = "checkpoints/0000004"
     if not words:
         assert torch.equal(weights(final), weights("whole/0000004"))
-    cut = run(*shared, "--max-steps", 1, "--ckpt-dir", "whole", "--gpt-ckpt", final, "--from-fsdp",
+    cut = run(*shared, "--steps", 1, "--out", "whole", "--gpt-ckpt", final, "--from-fsdp",
               "--train-batch-size", 8, log="cut.csv")
     assert cut[0]["kl"] == "0" and cut[0]["mean_r"] != want[0]["mean_r"]  # it began where the other ended
 
 
 def test_a_resume_refuses_other_arguments(capsys):
-    run("--ckpt-every", 1, "--max-steps", 1)
+    run("--save-every", 1, "--steps", 1)
     refused(capsys, *SOME, "--resume", "--lr", 1, said="began with lr 0.003, not 1.0")
     refused(capsys, *SOME, "--resume", "--sample-batch-size", 4, said="the global batch 8, not 4")
-    refused(capsys, *SOME, "--resume", "--ckpt-dir", "nowhere", said="no checkpoint in nowhere")
+    refused(capsys, *SOME, "--resume", "--out", "nowhere", said="no checkpoint in nowhere")
 
 
 # ---- every flag ----
@@ -224,18 +226,18 @@ def test_a_resume_refuses_other_arguments(capsys):
 def base(stages, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     shutil.copytree(stages, folder / "digits")
-    cli(c2i_grpo, *SOME, "--ckpt-dir", folder, "--log", folder / "c2i.csv")
+    cli(c2i_grpo, *SOME, "--out", folder, "--log", folder / "c2i.csv")
     return numbers(folder / "c2i.csv")
 
 
 @pytest.mark.parametrize("words", [
-    ["--lr", 1e-3], ["--weight-decay", 5.0], ["--beta1", 0.5], ["--beta2", 0.5], ["--max-grad-norm", 0.01],
-    ["--global-seed", 1], ["--num-generations", 3], ["--sample-batch-size", 4], ["--train-batch-size", 8],
-    ["--gradient-accumulation-steps", 2], ["--adv-clip-max", 0.5], ["--clip-range", 1e-3], ["--beta", 3.0],
-    ["--mixed-precision", "bf16"], ["--mixed-precision", "fp16"], ["--codebook-size", 32],
+    ["--lr", 1e-3], ["--weight-decay", 5.0], ["--beta1", 0.5], ["--beta2", 0.5], ["--grad-clip", 0.01],
+    ["--seed", 1], ["--group-size", 3], ["--sample-batch-size", 4], ["--train-batch-size", 8],
+    ["--gradient-accumulation-steps", 2], ["--adv-clip-max", 0.5], ["--eps", 1e-3], ["--beta", 3.0],
+    ["--dtype", "bf16"], ["--dtype", "fp16"], ["--codebook-size", 32],
     ["--codebook-embed-dim", 3], ["--image-size", 10], ["--vq-steps", 2], ["--gpt-steps", 2],
-    ["--classifier-steps", 2], ["--max-steps", 1], ["--eval-images", 4], ["--eval-every", 1],
-    ["--log-interval", 2], ["--gpt-model", "GPT-B"], ["--vq-model", "VQ-8", "--downsample-size", 4],
+    ["--classifier-steps", 2], ["--steps", 1], ["--eval-images", 4], ["--eval-every", 1],
+    ["--log-every", 2], ["--gpt-model", "GPT-B"], ["--vq-model", "VQ-8", "--downsample-size", 4],
     ["--reward", "rewards.py:bright"]], ids=lambda words: " ".join(map(str, words)))
 def test_a_flag_changes_the_run(base, words, monkeypatch):
     Path("rewards.py").write_text(BRIGHT)
@@ -250,10 +252,34 @@ def test_the_same_flags_give_the_same_run(base):
     assert json.loads(Path("logs/c2i.json").read_text())["args"]["dataset"] == "mine"
 
 
+HISTORICAL = """--max-steps 2 --num-generations 3 --global-seed 4 --max-grad-norm 0.5 --ckpt-dir a --use-wandb
+--ckpt-every 5 --mixed-precision fp16 --clip-range 0.1 --log-interval 6"""
+CANONICAL = """--steps 2 --group_size 3 --seed 4 --grad_clip 0.5 --out a --save_every 5 --dtype fp16 --eps 0.1
+--log_every 6 --track wandb"""
+
+
+def test_historical_flags_are_the_canonical_ones(monkeypatch, capsys):
+    read = []
+    monkeypatch.setattr(c2i_grpo, "main", read.append)
+    cli(c2i_grpo, *HISTORICAL.split())
+    cli(c2i_grpo, *HISTORICAL.replace("-", "_").replace("__", "--").split())
+    cli(c2i_grpo, *CANONICAL.split())
+    assert read[0] == read[1] == read[2] != c2i_grpo.Args() and read[0].track == "wandb"
+    refused(capsys, "--max-steps", 2, "--steps", 3, said="--steps")
+
+
+def test_groups_of_equal_rewards_are_counted_whatever_their_reward():
+    """The standard deviation of equal float32 rewards may be above 0, so the rewards are compared."""
+    Path("rewards.py").write_text("def constant(images, labels):\n    return [0.1] * len(images)\n")
+    rows = run("--reward", "rewards.py:constant", "--group-size", 8)
+    assert [row["frac_zero_std"] for row in rows[:2]] == ["1", "1"] and rows[0]["token_adv"] == "0"
+    assert torch.full((8,), 0.1).std() > 0
+
+
 def test_a_reward_of_the_users_is_raised():
     """Bright and dark images as it says, judged on the same draws; images come as 0 … 1, labels as 0 … 9."""
     Path("rewards.py").write_text(BRIGHT)
-    words = ["--max-steps", 12, "--vq-steps", 30, "--lr", 3e-2, "--beta", 0, "--train-batch-size", 8]
+    words = ["--steps", 12, "--vq-steps", 30, "--lr", 3e-2, "--beta", 0, "--train-batch-size", 8]
     bright, dark = (float(run("--reward", f"rewards.py:{name}", *words)[-1]["eval_r"])
                     for name in ("bright", "dark"))
     assert bright > -dark + 0.003  # of equal policies: 0 exactly
@@ -267,7 +293,7 @@ def test_pictures_and_wandb(monkeypatch):
         log=lambda values, step: seen["log"].append((step, values)))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    run("--max-steps", 3, "--log-image-every", 2, "--use-wandb", "--wandb-project", "p",
+    run("--steps", 3, "--log-image-every", 2, "--track", "wandb", "--wandb-project", "p",
         "--wandb-run-name", "r", "--wandb-entity", "e")
     assert os.environ.pop("WANDB_MODE") == "offline"
     (init,) = seen["init"]
@@ -279,8 +305,10 @@ def test_pictures_and_wandb(monkeypatch):
     assert files("checkpoints/samples") == ["0000000.png", "0000002.png"]
     with Image.open("logs/c2i.png") as image:  # ten lines of 3 + 3 digits and a gap, 2 pixels around each
         assert image.size == (7 * 34 + 2, 10 * 34 + 2)
-    run("--use-wandb")
+    run("--track", "wandb")
     assert seen["init"][1]["project"] == "autoreg-grpo" and seen["init"][1]["name"] == "c2i"
+    run("--track", "tensorboard", "--steps", 1)
+    assert len(seen["init"]) == 2 and "events.out.tfevents" in files("logs/c2i")[0]
 
 
 def test_ctrl_c_saves_and_leaves(monkeypatch):
@@ -308,8 +336,8 @@ def llamagen(monkeypatch, folder):
     saved([3, 1, 4, 1, 0, 2])
     return ["--device", "cpu", "--vq-ckpt", "vq.pt", "--gpt-ckpt", "gpt.pt", "--data-path", "data",
             "--codebook-size", 32, "--num-classes", 5, "--sample-batch-size", 2, "--train-batch-size", 1,
-            "--num-generations", 2, "--num-workers", 0, "--epochs", 1, "--classifier", "resnet18",
-            "--classifier-weights", "none", "--log-interval", 1]
+            "--group-size", 2, "--num-workers", 0, "--epochs", 1, "--classifier", "resnet18",
+            "--classifier-weights", "none", "--log-every", 1]
 
 
 def saved(labels, path="data", image="image", label="label", split="train"):
@@ -323,8 +351,8 @@ def saved(labels, path="data", image="image", label="label", split="train"):
         column = [f"{i}.png" for i in range(len(labels))]
         for name, x in zip(column, pixels):
             Image.fromarray(x).save(Path(path) / name)
-    found = datasets.Dataset.from_dict({image: column, label: labels})
-    datasets.DatasetDict({split: found}).save_to_disk(path)
+    data = datasets.Dataset.from_dict({image: column, label: labels})
+    datasets.DatasetDict({split: data}).save_to_disk(path)
     return pixels
 
 
@@ -336,13 +364,13 @@ def test_official_files_and_a_saved_data_set(llamagen):
     assert float(rows[0]["sampler_gap_max"]) < 0.1  # bf16
     record = json.loads(Path("logs/c2i.json").read_text())["args"]
     wanted = {"gpt_model": "GPT-B", "vq_model": "VQ-16", "image_size": 256, "downsample_size": 16, "lr":
-              1e-5, "mixed_precision": "bf16", "data_parallel": "fsdp", "weight_decay": 0.01, "beta1": 0.9,
-              "beta2": 0.95, "max_grad_norm": 1.0, "global_seed": 0, "top_k": 0, "top_p": 1.0,
-              "temperature": 1.0, "adv_clip_max": 5.0, "clip_range": 1e-4, "wandb_project": "autoreg-grpo",
-              "log_image_every": 100, "ckpt_every": 0, "ckpt_dir": "checkpoints", "codebook_embed_dim": 8}
+              1e-5, "dtype": "bf16", "data_parallel": "fsdp", "weight_decay": 0.01, "beta1": 0.9,
+              "beta2": 0.95, "grad_clip": 1.0, "seed": 0, "top_k": 0, "top_p": 1.0,
+              "temperature": 1.0, "adv_clip_max": 5.0, "eps": 1e-4, "wandb_project": "autoreg-grpo",
+              "log_image_every": 100, "save_every": 0, "out": "checkpoints", "codebook_embed_dim": 8}
     assert {k: record[k] for k in wanted} == wanted
-    table = {"codebook_size": 16384, "num_classes": 1000, "epochs": 100, "num_generations": 8,
-             "log_interval": 10, "sample_batch_size": 32, "train_batch_size": 8,
+    table = {"codebook_size": 16384, "num_classes": 1000, "epochs": 100, "group_size": 8,
+             "log_every": 10, "sample_batch_size": 32, "train_batch_size": 8,
              "gradient_accumulation_steps": 1, "num_workers": 8}
     args, is_digits = c2i_grpo.resolve(c2i_grpo.Args(vq_ckpt="x", data_path="y"))
     assert not is_digits and {k: getattr(args, k) for k in table} == table
@@ -350,7 +378,7 @@ def test_official_files_and_a_saved_data_set(llamagen):
 
 def test_codes_are_written_and_read_and_the_true_image_counts(llamagen):
     """Teacher forcing on images, on the codes that --extract-codes wrote, and with n_aug = 2 of them."""
-    forced = [*llamagen, "--mixed-precision", "fp32", "--sampling", "teacher-forced"]
+    forced = [*llamagen, "--dtype", "fp32", "--sampling", "teacher-forced"]
     cli(c2i_grpo, *forced, "--extract-codes", "codes")
     assert files("codes") == [f"imagenet256_{part}/{i}.npy" for part in ("codes", "labels") for i in range(6)]
     codes, label = (np.load(f"codes/imagenet256_{part}/2.npy") for part in ("codes", "labels"))
@@ -416,8 +444,8 @@ def test_diversity_and_accuracy_by_hand():
     images = torch.zeros(4, 3, 8, 8)
     images[1] += 0.5  # class 0: one pair, 0.5 apart
     images[3, :, :, :4] += 1  # class 1: half of the pixels 1 apart: RMS √½
-    found = judged(images, torch.tensor([0, 0, 1, 1]), Judge())
-    assert found["accuracy"] == 0.75 and found["diversity"] == pytest.approx((0.5 + 0.5 ** 0.5) / 2)
+    measures = judged(images, torch.tensor([0, 0, 1, 1]), Judge())
+    assert measures["accuracy"] == 0.75 and measures["diversity"] == pytest.approx((0.5 + 0.5 ** 0.5) / 2)
 
 
 # ---- bad input ----
@@ -431,7 +459,7 @@ def test_diversity_and_accuracy_by_hand():
     (["--backend", "nccl"], "--backend nccl needs CUDA GPUs"),
     (["--train-batch-size", 3], "--sample-batch-size 8 is no multiple of 3"),
     (["--sample-batch-size", 1440], "a step takes 1440"),
-    (["--num-generations", 1], "--num_generations 1 is too small: wanted at least 2"),
+    (["--group-size", 1], "--group_size 1 is too small: wanted at least 2"),
     (["--vq-ckpt", "vq.pt"], "--vq-ckpt needs data"),
     (["--data-path", "data"], "--data-path needs --vq-ckpt"),
     (["--gpt-ckpt", "none.pt"], "no checkpoint at none.pt"),
@@ -484,10 +512,10 @@ def test_digits_get_better_and_mse_raises_its_own_reward():
 
     The mse's mean over 15 steps has a standard error of 0.0005; over 60 steps it rose by 0.0026.
     """
-    shared = ["--device", "cpu", "--vq-steps", 150, "--ckpt-every", 0, "--log-image-every", 0]
-    cli(c2i_grpo, *shared, "--max-steps", 30, "--eval-every", 0)
+    shared = ["--device", "cpu", "--vq-steps", 150, "--save-every", 0, "--log-image-every", 0]
+    cli(c2i_grpo, *shared, "--steps", 30, "--eval-every", 0)
     end = float(numbers()[-1]["accuracy"])
-    cli(c2i_grpo, *shared, "--max-steps", 60, "--sampling", "teacher-forced", "--eval-every", 60)
+    cli(c2i_grpo, *shared, "--steps", 60, "--sampling", "teacher-forced", "--eval-every", 60)
     rows = numbers()
     start = float(rows[0]["accuracy"])
     assert 0.4 < start < 0.85 and end > start + 0.1

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vision.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig, Slots, load_official, rope_table, rotate
-from vision.sampling import draw, guided_logits, guided_steps, kept_set, log_probs, score
-from vision.vq import VQS, VQConfig, VQModel, downsample, group_norm
+from vision.c2i.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig, Slots, rope_table, rotate
+from vision.c2i.sampling import draw, guided_logits, guided_steps, kept_set, log_probs, score
+from vision.c2i.vq import VQS, VQConfig, VQModel, downsample, group_norm, load_official
 
 V, T, CLASSES = 13, 9, 5
 CONFIG = ImageGPTConfig(32, 2, 4, V, T, CLASSES, n_kv_head=2, multiple_of=8)
@@ -248,6 +248,17 @@ def test_files_that_are_no_checkpoint(tmp_path, capsys):
     refused(capsys, lambda: load_official(model, path), "no state dict (found optimizer, steps)", "module")
     torch.save([1, 2], path)
     refused(capsys, lambda: load_official(model, path), "found list")
+
+
+def test_the_earlier_names_of_the_modules_still_import():
+    from vision import image_gpt, sampling, vq
+    names = {image_gpt: ["IMAGE_GPTS", "ImageGPT", "ImageGPTConfig", "Slots", "check_sampling", "draw",
+                         "guide", "guided_steps", "in_range", "load_official", "rope_table", "rotate"],
+             vq: ["VQS", "VQConfig", "VQModel", "downsample", "group_norm", "in_range", "load_official"],
+             sampling: ["check_sampling", "draw", "guide", "guided_logits", "guided_steps", "inverse_cdf",
+                        "kept_set", "log_probs", "score"]}
+    assert not [name for module, wanted in names.items() for name in wanted if not hasattr(module, name)]
+    assert image_gpt.ImageGPT is ImageGPT and vq.VQModel is VQModel and sampling.score is score
 
 
 # ---- the GPT's pass ----

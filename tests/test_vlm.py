@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 pytest.importorskip("trl")
 
 from vision import rewards, vlm_grpo  # noqa: E402
-from vision.vlm_data import (  # noqa: E402
+from vision.vlm.data import (  # noqa: E402
     Scorer,
     draw,
     load_examples,
@@ -23,7 +23,7 @@ from vision.vlm_data import (  # noqa: E402
     scenes,
     seen_size,
 )
-from vision.vlm_models import (  # noqa: E402
+from vision.vlm.models import (  # noqa: E402
     generate,
     inputs_of,
     load_model,
@@ -36,8 +36,8 @@ from vision.vlm_models import (  # noqa: E402
     tiny_processor,
 )
 
-SMALL = ["--device", "cpu", "--per_device_train_batch_size", 8, "--num_generations", 4, "--steps", 3,
-         "--eval_examples", 4, "--eval_every", 2, "--save_every", 2, "--max_completion_length", 9]
+SMALL = ["--device", "cpu", "--per_device_train_batch_size", 8, "--group_size", 4, "--steps", 3,
+         "--eval_examples", 4, "--eval_every", 2, "--save_every", 2, "--max_new", 9]
 
 
 @pytest.fixture(autouse=True)
@@ -153,9 +153,9 @@ def test_the_pixels_are_where_scales_say(processor):
     ImageDraw.Draw(image).rectangle((84, 42, 251, 125), fill=(255, 255, 255))
     seen = seen_size(processor, *image.size)
     assert seen[0] * seen[1] <= 112 * 112 and seen != image.size
-    found = processor.image_processor(images=[image], return_tensors="pt")
-    t, h, w = found["image_grid_thw"][0].tolist()
-    patches = found["pixel_values"].view(h // 2, w // 2, 2, 2, 3, 2, 14, 14)
+    inputs = processor.image_processor(images=[image], return_tensors="pt")
+    t, h, w = inputs["image_grid_thw"][0].tolist()
+    patches = inputs["pixel_values"].view(h // 2, w // 2, 2, 2, 3, 2, 14, 14)
     pixels = patches.permute(4, 5, 0, 2, 6, 1, 3, 7)[0, 0]
     white = pixels.reshape(h * 14, w * 14) > 1.0
     rows, columns = white.any(1).nonzero(), white.any(0).nonzero()
@@ -185,9 +185,9 @@ def test_json_and_jsonl_are_the_same(processor):
 
 
 def test_a_point_stands_for_a_tenth_of_the_sides_and_scales_are_kept(processor):
-    found = load_examples(user_file(1, solution=[30, 30], scales=[2, 3]), ".", processor)[0]
-    assert found["solution"] == [27, 27, 33, 33] and found["scales"] == [2, 3]
-    assert original((5, 4), found) == [10, 12] and original((31, 4), found) is None
+    row = load_examples(user_file(1, solution=[30, 30], scales=[2, 3]), ".", processor)[0]
+    assert row["solution"] == [27, 27, 33, 33] and row["scales"] == [2, 3]
+    assert original((5, 4), row) == [10, 12] and original((31, 4), row) is None
 
 
 @pytest.mark.parametrize("changed, said", [
@@ -211,7 +211,7 @@ def test_bad_files(capsys, start, text, said):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--num_generations", 3], "--num_generations 3"), (["--num_generations", 1], "--num_generations 1"),
+    (["--group_size", 3], "--group_size 3"), (["--group_size", 1], "--group_size 1"),
     (["--trl.bananas", 1], "--trl.bananas"), (["--trl.beta", 1], "--trl.beta"),
     (["--trl.top_k", "many"], "top_k"), (["--trl.fp16", "True", "--trl.bf16", "True"], "TRL refuses"),
     (["--engine", "nano", "--trl.top_k", 5], "--engine trl"), (["--reward", "gone.py:f"], "gone.py"),
@@ -219,6 +219,15 @@ def test_bad_files(capsys, start, text, said):
     (["--model", "nowhere/at-all"], "hf download nowhere/at-all")])
 def test_bad_arguments(capsys, start, words, said):
     assert said in fails(capsys, *SMALL, "--model", start, *words)
+
+
+def test_historical_flags_are_the_canonical_ones(monkeypatch):
+    read = []
+    monkeypatch.setattr(vlm_grpo, "main", read.append)
+    cli(vlm_grpo, *"--num_generations 4 --max-completion-length 5 --output_dir a --loss_type gspo".split(),
+        "--trl.top_k", 5)
+    cli(vlm_grpo, *"--group_size 4 --max_new 5 --out a --objective gspo --trl.top_k=5".split())
+    assert read[0] == read[1] != vlm_grpo.Args() and read[0].trl == {"top_k": "5"}
 
 
 def test_the_published_model_offline_ends_in_how_to_get_it(capsys):
@@ -248,14 +257,15 @@ def test_the_tiny_model_reloads_as_the_class_that_it_is(start, processor):
 def test_padding_and_a_neighbour_change_nothing(start):
     """Prompts of different lengths and images of different sizes in one batch: each scored as if alone."""
     model, processor = load_model(start), load_processor(start)
-    asked = load_examples(user_file(2), ".", processor)
-    asked[0]["prompt"] = "where, if anywhere, is the digit 7?"
-    said = torch.tensor([processor.tokenizer(text)["input_ids"] for text in ("067,046", "012,088")])
-    mask = torch.ones_like(said, dtype=torch.bool)
+    examples = load_examples(user_file(2), ".", processor)
+    examples[0]["prompt"] = "where, if anywhere, is the digit 7?"
+    answers = torch.tensor([processor.tokenizer(text)["input_ids"] for text in ("067,046", "012,088")])
+    mask = torch.ones_like(answers, dtype=torch.bool)
     with torch.no_grad():
-        both, _ = score(model, inputs_of(processor, asked, "cpu"), said, mask, 0.7)
+        both, _ = score(model, inputs_of(processor, examples, "cpu"), answers, mask, 0.7)
         for i in (0, 1):
-            alone, _ = score(model, inputs_of(processor, asked[i:i + 1], "cpu"), said[i:i + 1], mask[:1], 0.7)
+            inputs = inputs_of(processor, examples[i:i + 1], "cpu")
+            alone, _ = score(model, inputs, answers[i:i + 1], mask[:1], 0.7)
             assert (alone[0] - both[i]).abs().max() < 1e-4
 
 
@@ -264,7 +274,7 @@ def test_greedy_answers_are_the_most_likely_tokens(start):
     model, processor = load_model(start), load_processor(start)
     inputs = inputs_of(processor, scenes(4, 1, "test"), "cpu")
     answers, mask, texts = generate(model, inputs, processor, 9)
-    from vision.vlm_models import with_answers
+    from vision.vlm.models import with_answers
     with torch.no_grad():
         logits = model(**with_answers(inputs, answers, mask), logits_to_keep=answers.shape[1] + 1).logits
     assert torch.equal(logits[:, :-1].argmax(2)[mask], answers[mask])
@@ -320,8 +330,8 @@ def test_one_batch_through_both_engines(start, monkeypatch, loss_type):
     monkeypatch.setattr(vlm_grpo, "grpo_loss", ours)
     monkeypatch.setattr(vlm_grpo, "generate", sampled)
     words = ["--model", start, "--steps", 1, "--beta", 0.5, "--distance", 1, "--format", 0.5,
-             "--loss_type", loss_type]
-    rows = {engine: run(*words, "--engine", engine, "--output_dir", f"out/{engine}", log=f"{engine}.csv")[0]
+             "--objective", loss_type]
+    rows = {engine: run(*words, "--engine", engine, "--out", f"out/{engine}", log=f"{engine}.csv")[0]
             for engine in ("trl", "nano")}
     (trl, trl_loss), (nano, nano_loss) = seen["trl"], seen["nano"]
     assert [tokens for tokens, _ in trl] == [tokens for tokens, _ in nano]
@@ -341,7 +351,7 @@ def test_one_batch_through_both_engines(start, monkeypatch, loss_type):
 def test_stopped_and_resumed_is_the_run_that_never_stopped(start, engine, monkeypatch, capsys):
     Path("mine.py").write_text(REWARD_FILE.replace('count("e")', 'count("0")'))
     words = ["--model", start, "--engine", engine, "--data", user_file(12), "--reward", "mine.py:share_of_e"]
-    whole = run(*words, "--output_dir", "out/whole", log="whole.csv")
+    whole = run(*words, "--out", "out/whole", log="whole.csv")
     assert len(whole) == 4 and whole[3]["accuracy"] and not whole[3]["loss"]
     monkeypatch.setenv("KILL_AT_CALL", "3")  # before: an evaluation, at step 0 another
     monkeypatch.setenv("KILL_WITH", "SIGINT")
@@ -377,11 +387,11 @@ def test_a_field_of_trl_passes_through(start, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run("--model", start, "--trl.top_k", 7, "--trl.logging_first_step", "True", "--trl.adam-beta2=0.9",
             "--trl.gradient_accumulation_steps", 2, "--trl.reward_weights", "2.5")
-    found = seen[0]
-    assert (found.top_k, found.logging_first_step, found.adam_beta2) == (7, True, 0.9)
-    assert found.reward_weights == [2.5]
-    assert found.bf16 is False and found.loss_type == "grpo" and found.use_bias_correction_kl is False
-    assert found.generation_batch_size == 16
+    config = seen[0]
+    assert (config.top_k, config.logging_first_step, config.adam_beta2) == (7, True, 0.9)
+    assert config.reward_weights == [2.5]
+    assert config.bf16 is False and config.loss_type == "grpo" and config.use_bias_correction_kl is False
+    assert config.generation_batch_size == 16
 
 
 def test_preview_draws_before_any_training(start, capsys):

@@ -1,18 +1,18 @@
-"""GRPO (arXiv:2402.03300) on a model that sees and says where: Qwen2.5-VL (arXiv:2502.13923).
+"""GRPO (arXiv:2402.03300) on Qwen2.5-VL (arXiv:2502.13923), which sees an image and says where something is.
 
---engine trl is TRL's GRPOTrainer, nothing of it copied or overridden; --engine nano is grpo.py in the loop
-below: same data in the same order, same seeds, same reward. Only the answer's tokens carry loss.
-Left out: several images a prompt; in nano several processes, accumulation and prompts prefilled once a group.
+--engine trl trains with TRL's GRPOTrainer; nothing of it is copied or overridden. --engine nano trains with
+grpo.py in the loop below. Both see the same data in the same order, with the same seeds and the same reward.
+Only the tokens of an answer carry loss, those of the prompt and the image do not.
+Left out: several images a prompt; in nano also several processes, gradient accumulation and shared prompts.
 Run: python -m vision.vlm_grpo, or with --model Qwen/Qwen2.5-VL-3B-Instruct --data FILE.json --images_root DIR
 """
-import copy
 import os
 import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import utils  # before torch: it sets how OpenMP's threads wait
 
@@ -20,15 +20,16 @@ import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint
-from utils.cli import Interrupt, at_least, die, need, parse, resume_command
+from utils.cli import AtLeast, Interrupt, die, need, parse, resume_command
 from utils.device import peak_mem_mb, pick_device, rank, world, write_run_record
 from utils.log import SHARED, Log
 from utils.rewards import load_reward
 from vision.data import step_index
-from vision.vlm_data import Scorer, draw, load_data, picture, scenes
-from vision import vlm_models
-from vision.vlm_models import generate, inputs_of, load_model, lora, save_folder, score
+from vision.vlm import models
+from vision.vlm.data import Scorer, draw, load_data, picture, scenes
+from vision.vlm.models import generate, inputs_of, load_model, lora, save_folder, score
 
+MADE_BY = "python -m vision.vlm_grpo"
 COLUMNS = [*SHARED, "samples", "seconds", "length", "clip_frac", "grad_norm", "frac_zero_std", "unparsed",
            "accuracy", "eval_r", "eval_unparsed", "peak_mem_mb"]
 WEIGHTS = ("accuracy_reward_coord", "iou", "distance", "format")
@@ -36,75 +37,76 @@ WEIGHTS = ("accuracy_reward_coord", "iou", "distance", "format")
 
 @dataclass
 class Args:
-    model: str = ""  # a folder or the hub's name; else a tiny one, supervised on digit scenes at first
-    data: str = ""  # JSON or JSONL of {image, prompt, solution}; else digit scenes
-    images_root: str = "."
-    eval_data: str = ""  # held out; else the last tenth of --data
-    engine: Literal["trl", "nano"] = "trl"
-    reward: str = ""  # FILE.py:FUNCTION instead of the sum of these four with their weights:
-    accuracy_reward_coord: float = 1.0  # the first (x, y) lies in the box
-    iou: float = 0.0
-    distance: float = 0.0  # 1 at the centre, 0 a diagonal away from it
-    format: float = 0.0  # a point or a box inside the image
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = "grpo"  # a row of grpo.py
-    beta: float = 0.04
-    lr: float = 1e-4  # falls linearly to 0
-    per_device_train_batch_size: int = 64  # answers, not prompts
-    num_generations: int = 8
-    max_completion_length: int = 16
-    temperature: float = 1.0
-    steps: int = 150
-    use_lora: bool = False
-    lora_r: int = 16
-    sft_steps: int = 220  # of the tiny model, at most:
-    start_accuracy: float = 0.5  # it ends as soon as so many of 128 training scenes are right, on purpose
-    sft_lr: float = 3e-3
-    eval_every: int = 50
-    eval_examples: int = 512
-    save_every: int = 50
-    preview: bool = False  # draw the first examples (with --model its answers too) beside the CSV, and end
-    device: str = "auto"
-    seed: int = 0
-    log: str = "logs/vlm.csv"
-    output_dir: str = "out/vlm"
-    resume: bool = False  # go on from --output_dir
-    # any other field of TRL's GRPOConfig, as --trl.NAME VALUE
-    trl: dict[str, str] = field(default_factory=lambda: {
+    ALIASES: ClassVar[dict[str, str]] = {
+        "num_generations": "group_size", "max_completion_length": "max_new", "output_dir": "out",
+        "loss_type": "objective"}
+    # ---- the algorithm ----
+    engine: Literal["trl", "nano"] = "trl"  # TRL's trainer, or the loop of this file
+    objective: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = "grpo"  # a row of grpo.py
+    per_device_train_batch_size: Annotated[int, AtLeast(1)] = 64  # answers a step and process, not prompts
+    group_size: Annotated[int, AtLeast(2)] = 8  # answers to each prompt
+    max_new: Annotated[int, AtLeast(1)] = 16  # tokens of an answer at most
+    temperature: Annotated[float, AtLeast(1e-3)] = 1.0  # of sampling and scoring
+    beta: Annotated[float, AtLeast(0.0)] = 0.04  # weight of the KL penalty
+    lr: Annotated[float, AtLeast(0.0)] = 1e-4  # AdamW's learning rate; it falls linearly to 0
+    steps: Annotated[int, AtLeast(1)] = 150  # rollouts, with one update each
+    use_lora: bool = False  # train adapters on the text tower instead of all weights
+    lora_r: Annotated[int, AtLeast(1)] = 16  # their rank
+    trl: dict[str, str] = field(default_factory=lambda: {  # other fields of GRPOConfig: --trl.NAME VALUE
         word.split("=")[0][6:].replace("-", "_"): "" for word in sys.argv if word.startswith("--trl.")})
+    seed: int = 0  # of the data, the order of prompts and the draws
+    # ---- the task ----
+    model: str = ""  # a folder or the hub's name; else a tiny one, first supervised on digit scenes
+    data: str = ""  # JSON or JSONL of {image, prompt, solution}; else digit scenes
+    images_root: str = "."  # the folder that the images of --data lie in
+    eval_data: str = ""  # held-out examples; else the last tenth of --data
+    reward: str = ""  # FILE.py:FUNCTION instead of the weighted sum of the four rewards below
+    accuracy_reward_coord: float = 1.0  # weight of: the first (x, y) lies in the box
+    iou: float = 0.0  # weight of: intersection over union of the box
+    distance: float = 0.0  # weight of: 1 at the centre of the box, falling to 0 a diagonal away
+    format: float = 0.0  # weight of: the answer has a point or a box inside the image
+    sft_steps: Annotated[int, AtLeast(1)] = 220  # steps of supervising the tiny model, at most
+    start_accuracy: float = 0.5  # supervision ends when this share of 128 training scenes is answered right
+    sft_lr: Annotated[float, AtLeast(0.0)] = 3e-3  # its learning rate
+    eval_every: Annotated[int, AtLeast(1)] = 50  # steps between evaluations
+    eval_examples: Annotated[int, AtLeast(1)] = 512  # held-out examples at most
+    preview: bool = False  # draw the first examples beside the CSV (with --model its answers too), and end
+    # ---- speed and memory: nothing here changes what is learnt ----
+    device: str = "auto"  # auto, cpu, cuda, mps
+    log: str = "logs/vlm.csv"  # the CSV of the run
+    out: str = "out/vlm"  # folder of the checkpoint and the final model
+    save_every: Annotated[int, AtLeast(1)] = 50  # steps between checkpoints
+    resume: bool = False  # go on from the checkpoint in --out
 
 
 def refuse(args):
-    """Leaves with a message where the arguments don't go together."""
-    at_least(args, beta=0.0, lr=0.0, per_device_train_batch_size=1, num_generations=2, temperature=1e-3,
-             max_completion_length=1, steps=1, lora_r=1, sft_steps=1, sft_lr=0.0, eval_every=1,
-             eval_examples=1, save_every=1)
-    several = world() > 1
-    if args.per_device_train_batch_size % args.num_generations:
+    """Ends with a message where the arguments don't go together."""
+    if args.per_device_train_batch_size % args.group_size:
         die(f"--per_device_train_batch_size {args.per_device_train_batch_size} counts answers: wanted a "
-            f"multiple of --num_generations {args.num_generations}")
-    if args.engine == "nano" and (args.trl or several):
+            f"multiple of --group_size {args.group_size}")
+    if args.engine == "nano" and (args.trl or world() > 1):
         die("--trl.NAME and several processes go with --engine trl only")
-    if several and not args.model:
+    if world() > 1 and not args.model:
         die("several processes need --model: one process makes the tiny one")
     for package in ("transformers", "torchvision", *(("trl", "datasets") if args.engine == "trl" else ()),
                     *(("peft",) if args.use_lora else ())):
         need(package, "vlm")
 
 
-class Run:
-    """What both engines share beside the loss: seeds, evaluation, the CSV, what a resume needs."""
+class Progress:
+    """What both engines do around a step: seeds, evaluation, a row of the CSV, a checkpoint."""
 
-    def __init__(self, args, processor, held_out, scorer, answers, device, state):
+    def __init__(self, args, processor, held_out, scorer, batch, device, state):
         self.args, self.processor, self.held_out, self.scorer = args, processor, held_out, scorer
-        self.answers, self.device, self.interrupt = answers, device, Interrupt()
-        self.start, self.seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
-        self.judge = copy.copy(scorer)
-        self.judge.examples = held_out
+        self.batch, self.device, self.interrupt = batch, device, Interrupt()  # batch: answers a step
+        self.start = state["step"] if state else 0
+        self.seconds = state["seconds"] if state else 0.0
+        self.judge = Scorer(held_out, scorer.weights, scorer.custom)
         self.log = Log(args.log, COLUMNS, args.steps, self.start)
 
     def begin(self, step, model):
         """What a step samples depends on (seed, step, rank) alone, in both engines and after a resume."""
-        self.row = self.evaluate(model)[0] if step % self.args.eval_every == 0 else {}
+        self.measures = self.evaluate(model)[0] if step % self.args.eval_every == 0 else {}
         torch.manual_seed(self.args.seed * 1_000_003 + step + rank() * 10**9)
         self.clock = time.perf_counter()
 
@@ -113,73 +115,75 @@ class Run:
         return self.interrupt.asked
 
     def write(self, step, **values):
-        checkpoint.finite(step, self.args.output_dir, **{k: values[k] for k in ("loss", "grad_norm")})
-        self.log.write(step=step, samples=(step + 1) * self.answers, seconds=self.seconds, **values,
-                       **self.row, unparsed=self.scorer.unparsed, peak_mem_mb=peak_mem_mb(self.device))
+        checkpoint.finite(step, self.args.out, loss=values["loss"], grad_norm=values["grad_norm"])
+        self.log.write(step=step, samples=(step + 1) * self.batch, seconds=self.seconds, **values,
+                       **self.measures, unparsed=self.scorer.unparsed, peak_mem_mb=peak_mem_mb(self.device))
 
-    def save(self, step, **content):
-        checkpoint.write(f"{self.args.output_dir}/state.pth", "state", step=step, seconds=self.seconds,
-                         args=asdict(self.args), threads=torch.get_num_threads(), **content)
+    def save(self, step, **parts):
+        checkpoint.write(f"{self.args.out}/state.pth", "state", step=step, seconds=self.seconds,
+                         args=asdict(self.args), threads=torch.get_num_threads(),
+                         **{name: part.state_dict() for name, part in parts.items()})
 
     def evaluate(self, model):
         """Greedy answers to held-out examples -> {accuracy, eval_r, eval_unparsed}, their texts."""
-        training, texts, reward = model.training, [], []
+        was_training, texts = model.training, []
         model.eval()  # gradient checkpointing would switch the cache off
-        for part in torch.arange(len(self.held_out)).split(64):
-            inputs = inputs_of(self.processor, [self.held_out[i] for i in part], self.device)
-            texts += generate(model, inputs, self.processor, self.args.max_completion_length)[2]
-            reward += self.judge(texts[-len(part):], part.tolist())
-        model.train(training)
-        parts = Scorer.parts(texts, self.held_out)
-        return {"accuracy": parts["accuracy_reward_coord"].mean().item(), "eval_r": sum(reward) / len(reward),
-                "eval_unparsed": 1 - parts["format"].mean().item()}, texts
+        for i in range(0, len(self.held_out), 64):
+            inputs = inputs_of(self.processor, self.held_out[i:i + 64], self.device)
+            texts += generate(model, inputs, self.processor, self.args.max_new)[2]
+        model.train(was_training)
+        reward = self.judge(texts, range(len(texts)))
+        accuracy = Scorer.parts(texts, self.held_out)["accuracy_reward_coord"].mean().item()
+        return {"accuracy": accuracy, "eval_r": sum(reward) / len(reward),
+                "eval_unparsed": self.judge.unparsed}, texts
 
 
-def train_trl(args, config, path, examples, order, run):
-    """TRL's trainer; its callback seeds each step, evaluates, writes the CSV, saves what a resume needs."""
+def train_trl(args, config, path, examples, order, progress):
+    """TRL's trainer. TRL calls Bridge, which is the one place where it can seed, evaluate, log and save."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOTrainer
 
     class Bridge(TrainerCallback):
         def on_step_begin(self, _, state, control, model=None, **kwargs):
-            run.begin(state.global_step, model)
+            progress.begin(state.global_step, model)
 
         def on_step_end(self, _, state, control, **kwargs):
-            if run.end():
+            if progress.end():
                 control.should_save = control.should_training_stop = True
 
         def on_log(self, _, state, control, logs=None, **kwargs):
-            if "reward" in logs:  # not the summary at the end
+            if "reward" in logs:  # TRL's summary at the end has none
                 adv = torch.tensor(trainer._logs["advantages"])
-                run.write(state.global_step - 1, loss=logs["loss"], mean_r=logs["reward"], kl=logs.get("kl"),
-                          entropy=logs["entropy"], token_adv=adv.abs().mean(), grad_norm=logs["grad_norm"],
-                          length=logs["completions/mean_length"], frac_zero_std=logs["frac_reward_zero_std"],
-                          clip_frac=logs.get("clip_ratio/region_mean"))
+                progress.write(
+                    state.global_step - 1, loss=logs["loss"], mean_r=logs["reward"], kl=logs.get("kl"),
+                    entropy=logs["entropy"], token_adv=adv.abs().mean(), grad_norm=logs["grad_norm"],
+                    length=logs["completions/mean_length"], frac_zero_std=logs["frac_reward_zero_std"],
+                    clip_frac=logs.get("clip_ratio/region_mean"))
 
         def on_save(self, _, state, control, **kwargs):
             if state.is_world_process_zero:
-                run.save(state.global_step, model={})  # TRL's own files are in checkpoint-STEP
+                progress.save(state.global_step)  # the model and the optimizer are in TRL's checkpoint-STEP
 
     data = Dataset.from_dict({"index": order.flatten().tolist()}).with_transform(lambda rows: rows | {
         "prompt": [[{"role": "user", "content": examples[i]["prompt"]}] for i in rows["index"]],
         "image": [picture(examples[i]) for i in rows["index"]]})
-    model, began = path, f"{args.output_dir}/checkpoint-{run.start}"
-    if run.start and not args.use_lora:  # transformers' resume (5.23) looks for them under other names
-        model = load_model(began)
-        model.config._name_or_path = path  # where TRL takes the reference from
-    trainer = GRPOTrainer(model, run.scorer, config, data, processing_class=run.processor,
+    model, last = path, f"{args.out}/checkpoint-{progress.start}"
+    if progress.start and not args.use_lora:  # transformers' resume (5.23) looks for weights of other names
+        model = load_model(last)
+        model.config._name_or_path = path  # TRL loads the reference from there
+    trainer = GRPOTrainer(model, progress.scorer, config, data, processing_class=progress.processor,
                           callbacks=[Bridge()], peft_config=lora(args.lora_r) if args.use_lora else None)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=began if run.start else None)
-    if not run.interrupt.asked:
-        trainer.save_model(f"{args.output_dir}/final")
+    trainer.train(resume_from_checkpoint=last if progress.start else None)
+    if not progress.interrupt.asked:
+        trainer.save_model(f"{args.out}/final")
     return trainer.model
 
 
-def train_nano(args, objective, path, examples, order, run, state):
+def train_nano(args, objective, path, examples, order, progress, state):
     """The loop of train_grpo.py on this model."""
-    G, T, device, processor = args.num_generations, args.max_completion_length, run.device, run.processor
+    G, device, processor = args.group_size, progress.device, progress.processor
     policy, ref = load_model(path).to(device), load_model(path).to(device)
     if args.use_lora:
         torch.manual_seed(args.seed)
@@ -187,27 +191,20 @@ def train_nano(args, objective, path, examples, order, run, state):
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
     if state:
-        policy.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore(state, args.out, model=policy, optimizer=optimizer)
 
-    def save(step):
-        run.save(step, model=policy.state_dict(), optimizer=optimizer.state_dict())
-
-    def grouped(x):
-        return x.unflatten(0, (-1, G))  # (B, G, T)
-
-    for step in range(run.start, args.steps):
+    for step in range(progress.start, args.steps):
         if step % args.save_every == 0:
-            save(step)
-        run.begin(step, policy)
+            progress.save(step, model=policy, optimizer=optimizer)
+        progress.begin(step, policy)
 
         # ---- rollout: G answers to each of B prompts ----
-        index = order[step].repeat_interleave(G).tolist()
-        inputs = inputs_of(processor, [examples[i] for i in index], device)
-        answers, mask, texts = generate(policy, inputs, processor, T, args.temperature)  # (N, T)
+        prompt_index = order[step].repeat_interleave(G).tolist()
+        inputs = inputs_of(processor, [examples[i] for i in prompt_index], device)
+        answers, mask, texts = generate(policy, inputs, processor, args.max_new, args.temperature)  # (N, T)
 
         # ---- reward ----
-        reward = torch.tensor(run.scorer(texts, index), device=device).view(-1, G)  # (B, G)
+        reward = torch.tensor(progress.scorer(texts, prompt_index), device=device).view(-1, G)  # (B, G)
 
         # ---- advantage: what the group's mean says ----
         adv = group_advantage(reward, objective.baseline, objective.scale)
@@ -216,28 +213,28 @@ def train_nano(args, objective, path, examples, order, run, state):
         with torch.no_grad():
             logp_ref, _ = score(ref, inputs, answers, mask, args.temperature)
 
-        # ---- update ----
+        # ---- update: there is one a rollout, so logp_old is logp and the ratio is exactly 1 ----
         logp, entropy = score(policy, inputs, answers, mask, args.temperature)
-        loss, stats = grpo_loss(grouped(logp), grouped(logp.detach()), grouped(logp_ref), adv, grouped(mask),
-                                objective, max_len=T)
+        by_group = [x.view(*reward.shape, -1) for x in (logp, logp.detach(), logp_ref, mask)]  # (B, G, T)
+        loss, stats = grpo_loss(*by_group[:3], adv, by_group[3], objective, max_len=args.max_new)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        checkpoint.finite(step, args.output_dir, loss=loss, grad_norm=grad_norm, **stats)
+        checkpoint.finite(step, args.out, loss=loss, grad_norm=grad_norm, **stats)
         optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         optimizer.step()
         optimizer.zero_grad()
 
         # ---- log ----
-        stop = run.end()
-        run.write(step, loss=loss, mean_r=reward.mean(), kl=stats["kl"], entropy=entropy[mask].mean(),
-                  token_adv=adv.abs().mean(), length=mask.sum(1).float().mean(), clip_frac=stats["clip_frac"],
-                  grad_norm=grad_norm, frac_zero_std=(reward == reward[:, :1]).all(1).float().mean())
-        if stop or step + 1 == args.steps:
-            save(step + 1)
+        stop = progress.end()
+        progress.write(step, loss=loss, mean_r=reward.mean(), kl=stats["kl"], entropy=entropy[mask].mean(),
+                       token_adv=adv.abs().mean(), length=mask.sum(1).float().mean(), grad_norm=grad_norm,
+                       frac_zero_std=(reward == reward[:, :1]).all(1).float().mean(),
+                       clip_frac=stats["clip_frac"])
         if stop:
-            break
-    else:
-        save_folder(f"{args.output_dir}/final", policy, processor)
+            progress.save(step + 1, model=policy, optimizer=optimizer)
+            return policy
+    progress.save(args.steps, model=policy, optimizer=optimizer)
+    save_folder(f"{args.out}/final", policy, processor)
     return policy
 
 
@@ -247,51 +244,54 @@ def main(args):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     need("transformers", "vlm").utils.logging.disable_progress_bar()
-    device, objective = pick_device(args.device), replace(OBJECTIVES[args.loss_type], beta=args.beta)
-    state = args.resume and checkpoint.load_state(f"{args.output_dir}/state.pth", args,
-                                                  "python -m vision.vlm_grpo", ("step", "model"))
-    config = vlm_models.trl_config(args, objective, device) if args.engine == "trl" else None
-    answers = config.generation_batch_size if config else args.per_device_train_batch_size  # a step
-    path = args.model or f"{args.output_dir}/start"
-    processor = vlm_models.load_processor(path) if args.model else vlm_models.tiny_processor()
+    device = pick_device(args.device)
+    objective = replace(OBJECTIVES[args.objective], beta=args.beta)
+    state = args.resume and checkpoint.load_state(f"{args.out}/state.pth", args, MADE_BY, ("step",))
+    config = models.trl_config(args, objective, device) if args.engine == "trl" else None
+    batch = config.generation_batch_size if config else args.per_device_train_batch_size  # answers a step
+    path = args.model or f"{args.out}/start"
+    processor = models.load_processor(path) if args.model else models.tiny_processor()
     train, held_out = load_data(args, processor)
     scorer = Scorer(train, {name: getattr(args, name) for name in WEIGHTS},
                     load_reward(args.reward, ()) if args.reward else None)
     stem = args.log.removesuffix(".csv")
     if args.preview:
-        said = generate(load_model(path).to(device), inputs_of(processor, train[:10], device), processor,
-                        args.max_completion_length)[2] if args.model else None
-        draw(f"{stem}_preview.png", train[:10], {"answers": said} if said else {})
+        texts = {}
+        if args.model:
+            inputs = inputs_of(processor, train[:10], device)
+            texts["answers"] = generate(load_model(path).to(device), inputs, processor, args.max_new)[2]
+        draw(f"{stem}_preview.png", train[:10], texts)
         print(f"wrote {stem}_preview.png: green the truth, red what the model says")
         return
-    B = answers // args.num_generations
+    B = batch // args.group_size
     if len(train) < B:
-        die(f"{len(train)} examples to train on, and a step asks {B}: give more data or fewer answers a step")
+        die(f"{len(train)} examples to train on, a step takes {B}: give more data or fewer answers a step")
     if not (args.model or state):
         clock = time.perf_counter()
-        digits = scenes(3000, args.seed, "train")
-        save_folder(path, *vlm_models.supervise(digits, args.sft_steps, args.sft_lr, args.seed, device,
-                                                 args.start_accuracy))
+        save_folder(path, *models.supervise(scenes(3000, args.seed, "train"), args.sft_steps, args.sft_lr,
+                                            args.seed, device, args.start_accuracy))
         print(f"supervised the tiny model for {time.perf_counter() - clock:.0f} s: {path}")
     order = torch.stack([step_index(len(train), B, args.seed, s) for s in range(args.steps)])  # (steps, B)
-    run = Run(args, processor, held_out[:args.eval_examples], scorer, answers, device, state)
-    before, first = run.evaluate(load_model(path).to(device))
+    progress = Progress(args, processor, held_out[:args.eval_examples], scorer, batch, device, state)
+    before, first_texts = progress.evaluate(load_model(path).to(device))
     record = {"device": str(device), "objective": asdict(objective), "before": before,
               "hf": {name: version(name) for name in ("transformers", *(["trl"] if config else []))}}
     write_run_record(args.log, args, **record)
-    policy = train_trl(args, config, path, train, order, run) if config else \
-        train_nano(args, objective, path, train, order, run, state)
-    if run.interrupt.asked:
-        run.log.close()
-        run.interrupt.leave(resume_command())
-    after, last = run.evaluate(policy)
-    run.log.write(step=args.steps, **after)
-    run.log.close()
+    if args.engine == "trl":
+        policy = train_trl(args, config, path, train, order, progress)
+    else:
+        policy = train_nano(args, objective, path, train, order, progress, state)
+    if progress.interrupt.asked:
+        progress.log.close()
+        progress.interrupt.leave(resume_command())
+    after, last_texts = progress.evaluate(policy)
+    progress.log.write(step=args.steps, **after)
+    progress.log.close()
     write_run_record(args.log, args, **record, after=after)
-    draw(f"{stem}_images.png", run.held_out[:10], {"before": first, "after": last})
+    draw(f"{stem}_images.png", progress.held_out[:10], {"before": first_texts, "after": last_texts})
     gains = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in ("accuracy", "eval_r"))
-    print(f"{len(run.held_out)} held-out examples, greedy: {gains}; {args.steps} steps, {run.seconds:.0f} s; "
-          f"wrote {args.log}, {stem}_images.png, {args.output_dir}/final")
+    print(f"{len(progress.held_out)} held-out examples, greedy: {gains}; {args.steps} steps, "
+          f"{progress.seconds:.0f} s; wrote {args.log}, {stem}_images.png, {args.out}/final")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a run of c2i_grpo.py is made of: presets, models, rewards, and the measures of its digits.
+"""The presets, models and rewards of c2i_grpo.py, and what it measures on digits.
 
-The digits' tokenizer, GPT and two classifiers are trained here, once, and kept under --ckpt-dir.
+The digits' tokenizer, GPT and two classifiers are trained here, once, and stay in the folder --out.
 Left out: LlamaGen's own training, perceptual rewards. Run: python -m vision.c2i_grpo
 """
 from dataclasses import replace
@@ -10,50 +10,43 @@ import torch
 import torch.nn.functional as F
 
 from utils import checkpoint, dist
-from utils.cli import at_least, atomic_write, die, need
+from utils.cli import atomic_write, die, need
 from utils.rewards import checked, load_reward
-from vision.c2i_data import digits
+from vision.c2i.data import digits
 from vision.cnn import build
 from vision.data import standard, step_index
-from vision.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig, load_official
-from vision.sampling import check_sampling
-from vision.vq import VQS, VQConfig, VQModel
+from vision.c2i.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig
+from vision.c2i.sampling import check_sampling
+from vision.c2i.vq import VQS, VQConfig, VQModel, load_official
 
 GPTS = {**IMAGE_GPTS, "digits": ImageGPTConfig(64, 3, 4, 64, 16, 10, multiple_of=32)}
 TOKENIZERS = {**VQS, "digits": VQConfig(16, (1, 2), 32, 64, 4)}
-# what a field that is None becomes: LlamaGen's sizes, then where the digits differ
+# A field of Args that is None gets its value here: LlamaGen's, or the digits'.
 LLAMAGEN = dict(
     gpt_model="GPT-B", vq_model="VQ-16", codebook_size=16384, codebook_embed_dim=8, image_size=256,
-    downsample_size=16, num_classes=1000, dataset="imagenet", mixed_precision="bf16", data_parallel="fsdp",
-    lr=1e-5, clip_range=1e-4, epochs=100, sample_batch_size=32, train_batch_size=8, num_workers=8,
-    ckpt_every=0, log_interval=10, eval_every=0)
+    downsample_size=16, num_classes=1000, dataset="imagenet", dtype="bf16", data_parallel="fsdp", lr=1e-5,
+    eps=1e-4, epochs=100, sample_batch_size=32, train_batch_size=8, num_workers=8, save_every=0, log_every=10,
+    eval_every=0)
 DIGITS = dict(
     gpt_model="digits", vq_model="digits", codebook_size=64, codebook_embed_dim=4, image_size=8,
-    downsample_size=2, num_classes=10, dataset="digits", mixed_precision="fp32", data_parallel="ddp",
-    lr=5e-4, clip_range=0.2, epochs=2, sample_batch_size=32, train_batch_size=32, num_workers=0,
-    ckpt_every=50, log_interval=1, eval_every=20)
-LEAST = dict(
-    num_generations=2, codebook_size=2, codebook_embed_dim=1, image_size=8, num_classes=1,
-    sample_batch_size=1, train_batch_size=1, gradient_accumulation_steps=1, adv_clip_max=0.0,
-    clip_range=0.0, beta=0.0, lr=0.0, beta1=0.0, beta2=0.0, weight_decay=0.0, max_grad_norm=0.0, epochs=1,
-    max_steps=1, num_workers=0, ckpt_every=0, vq_steps=1, gpt_steps=0, classifier_steps=1, log_interval=1,
-    log_image_every=0, eval_every=0, eval_images=2)
+    downsample_size=2, num_classes=10, dataset="digits", dtype="fp32", data_parallel="ddp", lr=5e-4,
+    eps=0.2, epochs=2, sample_batch_size=32, train_batch_size=32, num_workers=0, save_every=50, log_every=1,
+    eval_every=20)
 
 
 def resolve(args):
-    """Fills in what is None, refuses what doesn't fit -> the arguments, and whether they ask for digits."""
+    """Fills in what is None, refuses what doesn't fit -> the arguments, and whether the run is on digits."""
     is_digits = args.vq_ckpt is None and args.data_path is None
-    chosen = {**(DIGITS if is_digits else LLAMAGEN),
-              "reward": "mse" if args.sampling == "teacher-forced" else "classifier"}
-    args = replace(args, **{k: v for k, v in chosen.items() if getattr(args, k) is None})
-    at_least(args, **LEAST)
+    defaults = {**(DIGITS if is_digits else LLAMAGEN),
+                "reward": "mse" if args.sampling == "teacher-forced" else "classifier"}
+    args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
     try:
         check_sampling(args.cfg_scale, args.temperature, args.top_k, args.top_p)
     except ValueError as error:
         die(f"--{error}")
     factor, size = TOKENIZERS[args.vq_model].downsample, args.image_size
     batch = args.train_batch_size * args.gradient_accumulation_steps
-    wrong = {
+    refusals = {
         f"--downsample-size {args.downsample_size}: --vq-model {args.vq_model} has {factor}":
             args.downsample_size != factor,
         f"--image-size {size} is no multiple of the downsample factor {factor}": size % factor,
@@ -68,53 +61,43 @@ def resolve(args):
         "--beta1, --beta2: wanted numbers below 1": max(args.beta1, args.beta2) >= 1,
         "--reward mse: a free sample has no true image. Wanted --sampling teacher-forced, or classifier":
             args.reward == "mse" and args.sampling == "autoregressive"}
-    if found := [message for message, is_so in wrong.items() if is_so]:
-        die(found[0])
+    for message, applies in refusals.items():
+        if applies:
+            die(message)
     return args, is_digits
 
 
 # ---- models ----
 def load_models(args, is_digits, device):
-    """-> tokenizer, GPT, the reward's classifier, a judge: from files, or trained here; None: not needed."""
-    torch.manual_seed(args.global_seed)
+    """-> tokenizer, GPT, classifier of the reward, judge: from files or trained here. None: not needed."""
+    torch.manual_seed(args.seed)
     vq = VQModel(replace(TOKENIZERS[args.vq_model], codebook_size=args.codebook_size,
                          codebook_dim=args.codebook_embed_dim))
     config = replace(GPTS[args.gpt_model], vocab_size=args.codebook_size, num_classes=args.num_classes,
                      block_size=(args.image_size // args.downsample_size) ** 2)
-    net = judge = None
+    classifier = judge = None
     if is_digits:
-        x, y = digits(args.image_size).images, digits(args.image_size).targets
-        with torch.no_grad():  # begins on the data: codes that no image is near would never be used
-            seen = vq.embed(x[:args.codebook_size]).flatten(0, 2)
-            vq.quantize.embedding.weight.copy_(seen[torch.randperm(len(seen))[:args.codebook_size]])
-        fit(args, "vq", vq, args.vq_steps, lambda i: vq.loss(x[i]))
+        gpt, classifier, judge = train_on_digits(args, vq, config)
     else:
         load_official(vq, args.vq_ckpt)
-    gpt = load_gpt(config, args.gpt_ckpt, args.from_fsdp) if args.gpt_ckpt else ImageGPT(config)
-    if is_digits:
-        if not args.gpt_ckpt:
-            with torch.no_grad():
-                codes = vq.encode(x).flatten(1)  # (N, T)
-            fit(args, "gpt", gpt, args.gpt_steps, lambda i: F.cross_entropy(
-                gpt(codes[i, :-1], y[i]).flatten(0, 1), codes[i].flatten()))
-        net, judge = (build("small", 10, "none") for _ in range(2))
-        for name, cnn in (("reward", net), ("judge", judge)):
-            fit(args, name, cnn, args.classifier_steps, lambda i: F.cross_entropy(cnn((x[i] + 1) / 2), y[i]))
-    else:
+        gpt = load_gpt(args, config)
         if not args.gpt_ckpt:
             print(f"no --gpt-ckpt: {args.gpt_model}'s weights are random")
         if args.reward == "classifier":
-            net = build(args.classifier, args.num_classes, args.classifier_weights)
-    for frozen in (vq, net, judge):
+            classifier = build(args.classifier, args.num_classes, args.classifier_weights)
+    for frozen in (vq, classifier, judge):
         if frozen is not None:
             frozen.to(device).eval().requires_grad_(False)
-    return vq, gpt.to(device).eval(), net, judge
+    return vq, gpt.to(device).eval(), classifier, judge
 
 
-def load_gpt(config, path, from_fsdp):
-    if Path(path).is_dir() != from_fsdp:
-        die(f"--gpt-ckpt {path} is {'no folder: leave out' if from_fsdp else 'a folder: give'} --from-fsdp")
-    if from_fsdp and (Path(path) / ".metadata").is_file():  # what --ckpt-sharded wrote
+def load_gpt(args, config):
+    path, is_folder = args.gpt_ckpt, args.from_fsdp
+    if path is None:
+        return ImageGPT(config)
+    if Path(path).is_dir() != is_folder:
+        die(f"--gpt-ckpt {path} is {'no folder: leave out' if is_folder else 'a folder: give'} --from-fsdp")
+    if is_folder and (Path(path) / ".metadata").is_file():  # --ckpt-sharded wrote the folder
         gpt = ImageGPT(config)
         dist.load(path, gpt)
         return gpt
@@ -123,9 +106,28 @@ def load_gpt(config, path, from_fsdp):
     return load_official(gpt, path).float()
 
 
+def train_on_digits(args, vq, config):
+    """Trains the tokenizer -> GPT, classifier of the reward, judge, all trained but a GPT of --gpt-ckpt."""
+    x, y = digits(args.image_size).images, digits(args.image_size).targets
+    with torch.no_grad():  # the codebook starts on the data: a code far from all images would stay unused
+        vectors = vq.embed(x[:args.codebook_size]).flatten(0, 2)
+        vq.quantize.embedding.weight.copy_(vectors[torch.randperm(len(vectors))[:args.codebook_size]])
+    fit(args, "vq", vq, args.vq_steps, lambda i: vq.loss(x[i]))
+    gpt = load_gpt(args, config)
+    if not args.gpt_ckpt:
+        with torch.no_grad():
+            codes = vq.encode(x).flatten(1)  # (N, T)
+        fit(args, "gpt", gpt, args.gpt_steps, lambda i: F.cross_entropy(
+            gpt(codes[i, :-1], y[i]).flatten(0, 1), codes[i].flatten()))
+    classifiers = {name: build("small", 10, "none") for name in ("reward", "judge")}
+    for name, net in classifiers.items():
+        fit(args, name, net, args.classifier_steps, lambda i: F.cross_entropy(net((x[i] + 1) / 2), y[i]))
+    return gpt, classifiers["reward"], classifiers["judge"]
+
+
 def fit(args, name, model, steps, loss):
-    """Trains a model of the digits; --ckpt-dir/digits/NAME-s{seed}.pth keeps it for runs with equal flags."""
-    path = Path(args.ckpt_dir) / "digits" / f"{name}-s{args.global_seed}.pth"
+    """Trains a model of the digits. OUT/digits/NAME-s{seed}.pth keeps it for runs with equal flags."""
+    path = Path(args.out) / "digits" / f"{name}-s{args.seed}.pth"
     made_of = {k: getattr(args, k) for k in ("image_size", "codebook_size", "codebook_embed_dim", "vq_model",
                                             "vq_steps", "gpt_model", "gpt_steps", "classifier_steps")}
     content = checkpoint.load(path, name, "python -m vision.c2i_grpo", ("made_of",)) if path.is_file() else {}
@@ -135,7 +137,7 @@ def fit(args, name, model, steps, loss):
     print(f"training the digits' {name}, {steps} steps")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     for step in range(steps):
-        loss(step_index(1438, 64, args.global_seed, step)).backward()
+        loss(step_index(1438, 64, args.seed, step)).backward()
         optimizer.step()
         optimizer.zero_grad()
     checkpoint.write(path, name, made_of=made_of, model=model.state_dict())
@@ -143,27 +145,27 @@ def fit(args, name, model, steps, loss):
 
 @torch.no_grad()
 def decode(vq, codes, chunk=64):
-    """codes (N, T) -> images (N, 3, H, W) in 0 … 1, some at a time; always in float32."""
+    """codes (N, T) -> images (N, 3, H, W) in 0 … 1, `chunk` at a time, always in float32."""
     return torch.cat([((vq.decode(part) + 1) / 2).clamp(0, 1) for part in codes.split(chunk)])
 
 
 # ---- rewards ----
-def pick_reward(args, net, is_digits):
-    """-> function (images (N, 3, H, W) in 0 … 1, labels (N,), the true images or None) -> reward (N,)."""
+def pick_reward(args, classifier, is_digits):
+    """-> a function: images (N, 3, H, W) in 0 … 1, labels (N,), the true images or None -> reward (N,)."""
     if args.reward == "mse":
         return lambda images, labels, truth: -(images - truth).square().flatten(1).mean(1)
     if args.reward == "classifier":
         @torch.no_grad()
         def log_probability(images, labels, truth):
-            if not is_digits:  # torchvision's classifiers
+            if not is_digits:  # torchvision's classifiers want ImageNet's size and normalisation
                 images = standard(F.interpolate(images, (224, 224), mode="bilinear", antialias=True))
-            return net(images).log_softmax(1).gather(1, labels[:, None])[:, 0]
+            return classifier(images).log_softmax(1).gather(1, labels[:, None])[:, 0]
         return log_probability
     function, spec = load_reward(args.reward, ("classifier", "mse")).args
 
     def by_function(images, labels, truth):
-        scores = checked(lambda completions, prompts: function(images, labels), spec, prompts=labels,
-                         completions=[f"an image of class {y}" for y in labels.tolist()])
+        names = [f"an image of class {y}" for y in labels.tolist()]  # a message about a bad score shows them
+        scores = checked(lambda completions, prompts: function(images, labels), spec, names, labels)
         return torch.tensor(scores, device=labels.device)
     return by_function
 
@@ -180,9 +182,10 @@ def frechet(a, b):
 
 @torch.no_grad()
 def judged(images, labels, judge):
-    """By a classifier that is no reward: accuracy, Fréchet distance to the training digits; and diversity.
+    """-> {accuracy, diversity, frechet} of images (N, 3, H, W), labels (N,); the judge is never a reward.
 
-    Diversity is the RMS difference of two images of a class, mean over pairs, then over classes.
+    The judge gives the accuracy and the features for the Fréchet distance to the training digits. Diversity
+    is the RMS difference of two images of a class, the mean over pairs, then over classes.
     """
     spread = [F.pdist(images[labels == c].flatten(1)).mean() for c in labels.unique()]
     real = (digits(images.shape[-1]).images.to(images.device) + 1) / 2
@@ -192,7 +195,7 @@ def judged(images, labels, judge):
 
 
 def picture(path, images, rows):
-    """Writes a PNG of images (rows · n, 3, H, W) in 0 … 1, a line a row, small ones enlarged."""
+    """Writes images (rows · n, 3, H, W) in 0 … 1 as a PNG of `rows` lines, small ones enlarged -> path."""
     images = F.interpolate(images.float(), scale_factor=max(1, 32 // images.shape[-1]))
     save_image = need("torchvision.utils", "c2i").save_image
     atomic_write(path, lambda file: save_image(images, file, "png", nrow=len(images) // rows, pad_value=1.0))
@@ -200,7 +203,7 @@ def picture(path, images, rows):
 
 
 def report(args, log, steps, before, after, judge):
-    """On digits the CSV's last row, a table, and a picture: a line a class, on the left before the run."""
+    """Closes the CSV. On digits: its last row, a table, and a picture of each class before and after."""
     if judge is not None:
         log.write(step=steps, **after[0])
         val, device = digits(args.image_size, "val"), after[1].device
@@ -209,7 +212,7 @@ def report(args, log, steps, before, after, judge):
         for name, row in (("before", before[0]), ("after", after[0]), ("real digits", real)):
             print(f"{name:12}{row['accuracy']:>10.1%}{row['diversity']:>11.3f}{row['frechet']:>9.2f}")
         first, last = (images.unflatten(0, (10, -1))[:, :10] for _, images in (before, after))
-        both = torch.cat([first, torch.ones_like(first[:, :1]), last], 1).flatten(0, 1)  # a gap between them
+        both = torch.cat([first, torch.ones_like(first[:, :1]), last], 1).flatten(0, 1)  # with a gap between
         print(f"wrote {picture(Path(args.log).with_suffix('.png'), both, 10)}")
     log.close()
-    print(f"wrote {args.log}" + f" and {args.ckpt_dir}/{steps:07d}" * bool(args.ckpt_every))
+    print(f"wrote {args.log}" + f" and {args.out}/{steps:07d}" * bool(args.save_every))

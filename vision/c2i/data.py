@@ -1,8 +1,9 @@
-"""What c2i_grpo.py reads: images or codes with their classes; steps of them, shared between processes.
+"""What c2i_grpo.py reads: images or codes with their classes, and each step's share of them.
 
-Items are (x, label, number): x an image (3, H, W) in -1 … 1, codes (n_aug, T), row by row, or (0,) where the
-label says it all. Code files lie as LlamaGen's (arXiv:2406.06525): DIR/imagenet{size}_codes/{i}.npy and
-DIR/imagenet{size}_labels/{i}.npy. Left out: augmentation, streaming. Run: python -m vision.c2i_grpo
+Items are (x, label, number). x is an image (3, H, W) in -1 … 1, or codes (n_aug, T) of an image's n_aug
+augmentations, or empty (0,) where the run needs the label alone. Code files lie as LlamaGen's do
+(arXiv:2406.06525): DIR/imagenet{size}_codes/{i}.npy and DIR/imagenet{size}_labels/{i}.npy.
+Left out: augmentation, streaming. Run: python -m vision.c2i_grpo
 """
 import functools
 from pathlib import Path
@@ -16,61 +17,60 @@ from utils.cli import atomic_write, die, need
 from utils.run import step_generator
 from vision import data as vision_data
 from vision.data import Images, open_rgb, step_index
-from vision.vq import in_range
+from vision.c2i.vq import in_range
 
-COLUMNS = ("image", "image_path", "file", "filepath"), ("label", "labels")
+COLUMNS = ("image", "image_path", "file", "filepath"), ("label", "labels")  # names that data sets use
 
 
 def load_data(args, is_digits, T):
-    """-> Images; those of --data-path are opened where teacher forcing or --extract-codes needs them."""
+    """-> Images. Those of --data-path are read only if teacher forcing or --extract-codes needs them."""
     if args.code_path:
         stem = f"{args.code_path}/imagenet{args.image_size}"
-        every = range(len(list(Path(f"{stem}_codes").glob("*.npy"))))
-        if not every:
+        numbers = range(len(list(Path(f"{stem}_codes").glob("*.npy"))))
+        if not numbers:
             die(f"--code-path {args.code_path} has no {Path(stem).name}_codes/*.npy: write them with "
                 "--extract-codes DIR")
-        limits = T, args.codebook_size, args.num_classes
-        return Images(every, every, every, functools.partial(read_codes, stem, *limits))
+        read = functools.partial(read_codes, stem, T, args.codebook_size, args.num_classes)
+        return Images(numbers, numbers, numbers, read)
     if is_digits:
         return digits(args.image_size)
     rows, column, labels = open_saved(args.data_path, args.num_classes)
-    every = range(len(labels))
+    numbers = range(len(labels))
     if args.sampling == "autoregressive" and not args.extract_codes:
-        return Images(torch.empty(len(labels), 0), labels, every)
+        return Images(torch.empty(len(labels), 0), labels, numbers)
     read = functools.partial(read_image, rows, column, args.data_path, args.image_size)
-    return Images(every, labels, every, read)
+    return Images(numbers, labels, numbers, read)
 
 
 def digits(size=8, part="train"):
-    found = getattr(vision_data.digits(size), part)
-    found.images = found.images * 2 - 1
-    return found
+    data = getattr(vision_data.digits(size), part)
+    data.images = data.images * 2 - 1
+    return data
 
 
 def open_saved(path, num_classes):
-    """The train split of what `datasets` wrote with save_to_disk -> it, the images' column, labels (N,)."""
+    """-> the train split of what `datasets` wrote with save_to_disk, its column of images, labels (N,)."""
     datasets = need("datasets", "c2i")
     try:
-        found = datasets.load_from_disk(str(path))
+        data = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         die(f"--data-path {path} can't be read as a data set ({why}): wanted a folder that "
             "datasets.save_to_disk wrote")
-    if isinstance(found, dict) and "train" not in found:
-        die(f"--data-path {path} has the splits {', '.join(found)}: wanted one called train")
-    found = found["train"] if isinstance(found, dict) else found
-    columns = []
-    for names in COLUMNS:
-        columns += [next((c for c in names if c in found.column_names), None)]
-        if columns[-1] is None:
-            die(f"--data-path {path} has the columns {', '.join(found.column_names)}: wanted one of "
+    if isinstance(data, dict) and "train" not in data:
+        die(f"--data-path {path} has the splits {', '.join(data)}: wanted one called train")
+    data = data["train"] if isinstance(data, dict) else data
+    columns = [next((name for name in names if name in data.column_names), None) for names in COLUMNS]
+    for column, names in zip(columns, COLUMNS):
+        if column is None:
+            die(f"--data-path {path} has the columns {', '.join(data.column_names)}: wanted one of "
                 f"{', '.join(names)}")
     try:
-        labels = torch.tensor(found[columns[1]][:])
+        labels = torch.tensor(data[columns[1]][:])
         in_range("labels", labels, num_classes)
     except (RuntimeError, TypeError, ValueError) as error:
         die(f"--data-path {path}: {error} (--num-classes {num_classes})")
-    return found, columns[0], labels
+    return data, columns[0], labels
 
 
 def read_image(rows, column, folder, size, i, label):
@@ -82,7 +82,7 @@ def read_image(rows, column, folder, size, i, label):
 
 
 def center_crop(image, size):
-    """guided-diffusion's: halved by a box filter while it can be, then bicubic, then the middle square."""
+    """guided-diffusion's crop: halves by a box filter while it can, then bicubic, then the middle square."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -92,11 +92,11 @@ def center_crop(image, size):
 
 
 def read_codes(stem, T, codebook_size, num_classes, i, _):
-    found = []
+    arrays = []
     for part in ("codes", "labels"):
-        with open(f"{stem}_{part}/{i}.npy", "rb") as file:
-            found += [torch.from_numpy(np.lib.format.read_array(file)).long()]  # np.load: EOFError on none
-    codes, label = found
+        with open(f"{stem}_{part}/{i}.npy", "rb") as file:  # np.load would raise EOFError on an empty file
+            arrays.append(torch.from_numpy(np.lib.format.read_array(file)).long())
+    codes, label = arrays
     if codes.dim() != 3 or codes.shape[2] != T or label.numel() != 1:
         raise ValueError(f"codes of shape {tuple(codes.shape)}: wanted (1, n_aug, {T}), and one label")
     in_range("codes", codes, codebook_size)
@@ -105,7 +105,7 @@ def read_codes(stem, T, codebook_size, num_classes, i, _):
 
 
 def read(data, indices, num_workers):
-    """For each list of indices: x, a tuple, and labels (B,); what can't be read ends the run."""
+    """For each list of indices: a tuple of x, and labels (B,). An item that can't be read ends the run."""
     for items in DataLoader(data, batch_sampler=indices, num_workers=num_workers, collate_fn=list):
         for x, why, i in items:
             if x is None:
@@ -115,10 +115,10 @@ def read(data, indices, num_workers):
 
 
 def batches(data, batch_size, seed, start, steps, num_workers, rank, world):
-    """Yields x (B, …) and labels (B,) a step: images (B, 3, H, W), codes (B, T), or nothing (B, 0).
+    """Yields x and labels (B,) of each step: x is images (B, 3, H, W), codes (B, T), or empty (B, 0).
 
-    A rank gets every world-th item, so what a step sees doesn't depend on the world; batch_size = B · world.
-    Of an image's augmentations in code files one is drawn, from (seed, step).
+    batch_size is B · world. Each process gets every world-th item, so a step's items don't depend on their
+    number. One of the n_aug augmentations in a code file is drawn, from (seed, step).
     """
     index = (step_index(len(data), batch_size, seed, s).tolist()[rank::world] for s in range(start, steps))
     for step, (x, labels) in enumerate(read(data, index, num_workers), start):
@@ -129,7 +129,7 @@ def batches(data, batch_size, seed, start, steps, num_workers, rank, world):
 
 
 def write_codes(data, vq, args, device, rank, world):
-    """--extract-codes: a file (1, 1, T) int64 and one (1,) an image; each process writes every world-th."""
+    """--extract-codes: for each image codes (1, 1, T) and label (1,). A process writes every world-th."""
     parts = [part.tolist() for part in torch.arange(rank, len(data), world).split(args.sample_batch_size)]
     for part, (x, labels) in zip(parts, read(data, parts, args.num_workers)):
         codes = vq.encode(torch.stack(x).to(device)).flatten(1).cpu()
@@ -137,3 +137,4 @@ def write_codes(data, vq, args, device, rank, world):
             stem = f"{args.extract_codes}/imagenet{args.image_size}"
             atomic_write(f"{stem}_codes/{i}.npy", lambda file: np.save(file, row[None, None]))
             atomic_write(f"{stem}_labels/{i}.npy", lambda file: np.save(file, label[None]))
+    print(f"wrote the codes of {len(data)} images to {args.extract_codes}")

@@ -1,9 +1,8 @@
-"""Instructions with boxes: JSON or digit scenes; what an answer's text says, and what it earns.
+"""Instructions with boxes from JSON or digit scenes, and the reward of an answer's text.
 
-An example is {image, prompt, solution, size, scales} and whatever else its line holds (columns of a reward).
-The model says coordinates of the image that it saw, after the processor's resize; `scales` brings them back
-to pixels of the original, where the solution is.
-Left out: several boxes an example, rotated ones.
+An example is {image, prompt, solution, size, scales} and the other keys of its line, which a reward may use.
+An answer's coordinates are those of the image after the processor's resize. `scales` turns them into pixels
+of the original image, as the solution's are. Left out: several boxes an example, rotated ones.
 """
 import functools
 import json
@@ -20,70 +19,70 @@ from vision.show import grid
 
 NUMBER = r"-?\d+(?:\.\d+)?"
 CHAIN = re.compile(rf"(?<![\w.,\-−])[(\[]?\s*({NUMBER}(?:\s*[)\]]?\s*,\s*[(\[]?\s*{NUMBER})+)(?![\w.]*\w)")
-NAMED = re.compile(r"""["']?\b[xy][12]?["']?\s*[:=]\s*""")  # "x": 12, "y": 34 -> 12, 34
+NAMED = re.compile(r"""["']?\b[xy][12]?["']?\s*[:=]\s*""")  # the names in: "x": 12, "y": 34
 
 
 def parse_answer(text):
     """The first point (x, y) or box (x1, y1, x2, y2) in a text, as floats, or None.
 
-    It is the first run of numbers with commas between them, brackets, JSON keys and other words beside it
-    allowed. A run of two is a point, of four a box; one of another length, or with a negative number, is no
-    answer, and what follows isn't looked at: a text that could mean two things earns nothing.
+    It is the first run of numbers with commas between them. Brackets, keys and words may stand beside it. A
+    run of two is a point, one of four a box. Another length or a negative number is no answer. What follows
+    the first run is not read, so a text that could mean two things earns nothing.
     """
-    found = CHAIN.search(NAMED.sub("", text))
-    values = [float(v) for v in re.findall(NUMBER, found[1])] if found else []
+    chain = CHAIN.search(NAMED.sub("", text))
+    values = [float(v) for v in re.findall(NUMBER, chain[1])] if chain else []
     return tuple(values) if len(values) in (2, 4) and min(values) >= 0 else None
 
 
 class Scorer:
-    """A reward function of TRL's signature: weighted rewards of what the answers say.
+    """A reward function of TRL's signature: the weighted sum of an answer's rewards.
 
-    weights {accuracy_reward_coord, iou, distance, format}; `index` says which examples were asked; custom: a
+    weights {accuracy_reward_coord, iou, distance, format}. `index` tells each answer's example. custom is a
     user's function instead. After a call .unparsed is the share of answers with nothing inside the image.
     """
-    __name__ = "reward"
+    __name__ = "reward"  # TRL names its column after it
 
     def __init__(self, examples, weights, custom=None):
         self.examples, self.weights, self.custom, self.unparsed = examples, weights, custom, None
 
     def __call__(self, completions, index, **_):
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        asked = [self.examples[i] for i in index]
-        parts = self.parts(texts, asked)
+        examples = [self.examples[i] for i in index]
+        parts = self.parts(texts, examples)
         self.unparsed = 1 - parts["format"].mean().item()
         if self.custom:
-            names = set.intersection(*map(set, asked)) - {"prompt"}
-            return self.custom(completions=texts, prompts=[e["prompt"] for e in asked],
-                               **{name: [e[name] for e in asked] for name in names})
+            names = set.intersection(*map(set, examples)) - {"prompt"}
+            return self.custom(completions=texts, prompts=[e["prompt"] for e in examples],
+                               **{name: [e[name] for e in examples] for name in names})
         return sum(weight * parts[name] for name, weight in self.weights.items()).tolist()
 
     @staticmethod
-    def parts(texts, asked):
-        """Every reward of every answer, (N,) each, 0 where the text has no point or box inside the image."""
+    def parts(texts, examples):
+        """Every reward of every answer, (N,) each: 0 where the text has no point or box inside the image."""
         box = torch.full((len(texts), 1, 4), -1.0)
         point = torch.full((len(texts), 1, 2), -1.0)
-        for i, (text, example) in enumerate(zip(texts, asked)):
-            said = original(parse_answer(text), example)
-            if said is not None:
-                point[i, 0] = torch.tensor(said[:2])
-                box[i, 0] = torch.tensor(said if len(said) == 4 else (0.0,) * 4)  # a point has no IoU
-        true = torch.tensor([e["solution"] for e in asked], dtype=torch.float32)
+        for i, (text, example) in enumerate(zip(texts, examples)):
+            answer = original(parse_answer(text), example)
+            if answer is not None:
+                point[i, 0] = torch.tensor(answer[:2])
+                box[i, 0] = torch.tensor(answer if len(answer) == 4 else (0.0,) * 4)  # a point has no IoU
+        true = torch.tensor([e["solution"] for e in examples], dtype=torch.float32)
         inside = (point[:, 0] >= 0).all(1).float()
         return {"accuracy_reward_coord": rewards.point_in_box(point, true)[:, 0] * inside,
                 "iou": rewards.iou(box, true)[:, 0] * inside,
                 "distance": rewards.distance(point, true)[:, 0] * inside, "format": inside}
 
 
-def original(said, example):
-    """What the model said, in pixels of the original image; None where that is outside of it."""
-    if said is None:
+def original(answer, example):
+    """An answer's numbers in pixels of the original image; None where they lie outside of it."""
+    if answer is None:
         return None
-    moved = [v * example["scales"][i % 2] for i, v in enumerate(said)]
-    return moved if all(v <= example["size"][i % 2] for i, v in enumerate(moved)) else None
+    pixels = [v * example["scales"][i % 2] for i, v in enumerate(answer)]
+    return pixels if all(v <= example["size"][i % 2] for i, v in enumerate(pixels)) else None
 
 
 def seen_size(processor, width, height):
-    """The size of an image after the processor's resize, Qwen2-VL's smart_resize."""
+    """An image's (width, height) after the processor's resize, Qwen2-VL's smart_resize."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
     image = processor.image_processor
     if not (hasattr(image, "merge_size") and hasattr(image, "patch_size")):
@@ -100,7 +99,7 @@ def seen_size(processor, width, height):
 # ---- where examples come from ----
 @functools.cache
 def scenes(n, seed, split, side=112):
-    """Digit scenes: "where is the 7?", its box 24 to 44 pixels of 112."""
+    """n digit scenes with the prompt "where is the 7?". The box's side is 24 to 44 of 112 pixels."""
     from PIL import Image
     images, labels, boxes, _ = digit_scenes(n, side, seed=seed, split=split, sides=(24 / 112, 44 / 112))
     return [{"image": Image.fromarray((image[0] * 255).byte().numpy()).convert("RGB"),
@@ -109,7 +108,7 @@ def scenes(n, seed, split, side=112):
 
 
 def load_data(args, processor):
-    """-> examples to train on, held-out ones: those of the files, or digit scenes."""
+    """-> training and held-out examples, from the files or of digit scenes."""
     if not args.data:
         return scenes(3000, args.seed, "train"), scenes(args.eval_examples, args.seed, "test")
     train = load_examples(args.data, args.images_root, processor)
@@ -120,23 +119,21 @@ def load_data(args, processor):
 
 
 def load_examples(path, root, processor):
-    """JSON (a list) or JSONL of {image, prompt, solution, …}, every one checked before anything trains."""
+    """JSON (a list) or JSONL of {image, prompt, solution, …}; all are checked before anything trains."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         die(f"{path} can't be read ({error}): wanted a JSON or JSONL file")
-    first = 1
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = []
-            for first, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        line = first + error.lineno - 1
-        die(f"{path}: wrong JSON at line {line}, column {error.colno}: {error.msg}")
+    is_list = text.lstrip().startswith("[")
+    rows = []
+    for number, line in enumerate([text] if is_list else text.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                place = f"line {number + error.lineno - 1}, column {error.colno}"
+                die(f"{path}: wrong JSON at {place}: {error.msg}")
+            rows += row if is_list else [row]
     if not rows:
         die(f"{path} has no examples: wanted at least one {{image, prompt, solution}}")
     return [check(row, f"{path}: example {i}", root, processor) for i, row in enumerate(rows)]
@@ -160,9 +157,8 @@ def check(row, where, root, processor):
     box = numbers(row, "solution", (2, 4))
     if box is None:
         die(f"{where}: solution {row.get('solution')}: wanted [x1, y1, x2, y2] or [x, y] in pixels")
-    if len(box) == 2 and 0 <= box[0] <= width and 0 <= box[1] <= height:  # stands for what is near it
-        x, y, dx, dy = *box, width / 20, height / 20
-        box = [x - dx, y - dy, x + dx, y + dy]
+    if len(box) == 2 and 0 <= box[0] <= width and 0 <= box[1] <= height:  # a point stands for a box around it
+        box = [box[0] - width / 20, box[1] - height / 20, box[0] + width / 20, box[1] + height / 20]
     elif len(box) == 2 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
         die(f"{where}: solution {box} lies outside of the image or is inverted: wanted 0 <= x1 < x2 <= "
             f"{width}, 0 <= y1 < y2 <= {height}, pixels of {path.name}")
@@ -186,14 +182,14 @@ def picture(example, where=""):
 
 
 def draw(path, examples, rows):
-    """A PNG of images, squeezed to squares, with true boxes and what rows {"before": texts, …} say."""
+    """A PNG of images, resized to squares, with true boxes and those of rows {"before": texts, …}."""
     images = torch.stack([to_tensor(picture(e).resize((224, 224)), normalise=False) for e in examples])
     sizes = torch.tensor([e["size"] * 2 for e in examples], dtype=torch.float32)
     truth = torch.tensor([e["solution"] for e in examples]) / sizes
     shown = {}
     for name, texts in rows.items():
-        said = [original(parse_answer(text), e) or (-9.0,) * 4 for text, e in zip(texts, examples)]
-        boxes = torch.tensor([s if len(s) == 4 else s * 2 for s in said]) / sizes  # a point: a little square
-        around = torch.tensor([[-0.02, -0.02, 0.02, 0.02] if len(s) == 2 else [0.0] * 4 for s in said])
-        shown[name] = boxes + around
+        answers = [original(parse_answer(text), e) or (-9.0,) * 4 for text, e in zip(texts, examples)]
+        boxes = torch.tensor([a if len(a) == 4 else a * 2 for a in answers]) / sizes
+        margins = [[-0.02, -0.02, 0.02, 0.02] if len(a) == 2 else [0.0] * 4 for a in answers]
+        shown[name] = boxes + torch.tensor(margins)  # a point is drawn as a little square
     grid(path, images, truth, shown or {"data": torch.full_like(truth, -9.0)})

@@ -1,0 +1,1 @@
+"""The parts of vision/vlm_grpo.py: examples with their rewards, and the models that answer."""
