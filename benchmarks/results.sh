@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README: bash benchmarks/results.sh [base|shakespeare|objectives|reward|char|speed|learn|roofline|
+# The runs behind the README and docs/: bash benchmarks/results.sh [base|demo|shakespeare|objectives|reward|char|speed|learn|roofline|
 # scaling|cnn|exact|vit|clip|c2i|vlm]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
@@ -13,6 +13,14 @@ want() { [ "$what" = all ] || [ "$what" = "$1" ]; }
 if want base; then  # π₀ and the reward model that all RL runs share
   $python sft.py --data shakespeare --out out/sft --log results/sft.csv
   $python reward_model.py --data shakespeare --log results/reward-s0.csv
+fi
+if want demo; then  # the README's figure: as long as `make demo` trains
+  for seed in 0 1 2; do
+    for name in grpo ppo; do
+      $python train_$name.py --data shakespeare --steps 25 --seed $seed \
+        --log results/demo/$name-s$seed.csv --out out/r-demo-$name-s$seed
+    done
+  done
 fi
 if want shakespeare; then
   for name in grpo ppo; do

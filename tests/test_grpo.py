@@ -439,7 +439,7 @@ def test_advantages_of_any_group(B, G, seed, shift):
 
 @pytest.mark.parametrize("one, other", [("grpo", "gspo"), ("grpo", "sapo"), ("dapo", "cispo")])
 def test_at_ratio_one_these_have_the_same_gradient(one, other):
-    """The README's remark: before the policy moves, the form of the ratio doesn't matter."""
+    """docs/grpo.md says: before the policy moves, the form of the ratio doesn't matter."""
     torch.manual_seed(0)
     logp = torch.randn(2, 4, 5, dtype=torch.float64)
     adv = group_advantage(torch.randn(2, 4, dtype=torch.float64))
