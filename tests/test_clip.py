@@ -512,6 +512,14 @@ def test_ce_has_the_same_columns_and_the_same_batches(monkeypatch):
     assert column("top1", "logs/ce.csv")[-1] == pytest.approx(mean)
 
 
+def test_a_new_start_leaves_no_gradient_for_the_first_step():
+    """Else the run that makes the start would differ from the next one, which reads it from its file."""
+    model, _ = clip_model.digits_start("start", accuracy=0.9, max_steps=2)
+    assert all(p.grad is None for p in model.parameters())
+    again, _ = clip_model.digits_start("start", accuracy=0.9)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
 def test_reward_and_accuracy_rise_from_a_contrastive_start():
     """The small CLIP learns digits half-way, then three epochs of GRPO: +10 points where it began at 50 %."""
     run("--start-accuracy", 0.5, "--epochs", 3, "--lr", 1e-3, "--plot-metrics")

@@ -194,10 +194,10 @@ def digits_start(folder, seed=0, accuracy=0.72, max_steps=1000):
         text_side = F.normalize(model.encode_text(tokens), dim=1)[caption]
         logits = model.logit_scale.exp() * image_side @ text_side.T
         loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
-        optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 5e-4 * min(1, (step + 1) / 20)
         optimizer.step()
+        optimizer.zero_grad()  # no gradient is left for the run that begins with this model
     print(f"small CLIP: {step} contrastive steps, {right.float().mean():.0%} of its digits right: {path}")
     checkpoint.write(path, "clip", config=config, model=model.state_dict())
     return model, config
