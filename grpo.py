@@ -19,7 +19,7 @@ def plain_grpo(reward, logp, logp_old, logp_ref, mask, eps=0.2, beta=0.04):
     adv = adv[:, :, None]  # (B, G, 1): all tokens of an answer share it
     ratio = torch.exp(logp - logp_old)  # (B, G, T)
     surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)
-    kl = torch.exp(logp_ref - logp) - (logp_ref - logp) - 1
+    kl = torch.exp(logp_ref - logp) - (logp_ref - logp) - 1  # k3: its gradient follows KL(π_ref‖π)
     per_token = -(surrogate - beta * kl) * mask
     return (per_token.sum(2) / mask.sum(2)).mean()
 
@@ -61,7 +61,7 @@ OBJECTIVES = {
     "reinforce": Objective(baseline="none", scale="none", ratio="none", reduce="sum"),
     "rloo": Objective(baseline="loo", scale="none", ratio="none", reduce="sum"),  # arXiv:2402.14740
     "grpo": Objective(beta=0.04),  # arXiv:2402.03300
-    "dr_grpo": Objective(scale="none", reduce="length"),  # arXiv:2503.20783
+    "dr_grpo": Objective(scale="none", reduce="length"),  # arXiv:2503.20783: no std, one divisor, no KL
     "dapo": Objective(reduce="token", eps_high=0.28),  # arXiv:2503.14476
     "gspo": Objective(ratio="sequence", eps_low=3e-4, eps_high=4e-4),  # arXiv:2507.18071
     "cispo": Objective(surrogate="cispo", reduce="token", eps_high=5.0),  # arXiv:2506.13585, 2510.13786
@@ -110,7 +110,8 @@ def kl_penalty(logp, logp_ref, estimator="k3"):
 
     d = logp_ref - logp: k1 = -d, k2 = d²/2, k3 = eᵈ - d - 1; (..., T) -> (..., T). As a *loss* on on-policy
     samples they differ in gradient. That of k1 is zero in expectation: it ignores the reference. That of k2
-    is KL(π‖π_ref)'s, that of k3 is KL(π_ref‖π)'s, and that of ratio·k3 is KL(π‖π_ref)'s again.
+    is KL(π‖π_ref)'s, that of k3 is KL(π_ref‖π)'s, and that of ratio·k3 is KL(π‖π_ref)'s again. Under the
+    reduction "answer" this holds only for equal lengths.
     """
     check(kl=estimator)
     d = logp_ref - logp
@@ -121,7 +122,7 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_to
     """The loss to minimise and its stats: surrogate(r, A) + β·KL a token, reduced; r = exp(logp - logp_old).
 
     logp, logp_old, logp_ref, mask (B, G, T), adv (B, G) -> scalar, dict of masked means (ratio_max: maximum).
-    The denominators belong to a whole optimizer step. Given its n_tokens and n_answers, micro-losses add up.
+    Pass n_tokens and n_answers of the whole optimizer step. Then the losses of its parts add up.
     AssertionError on other shapes, and on a gradient where none belongs.
     """
     for name, x in (("logp_old", logp_old), ("logp_ref", logp_ref), ("mask", mask), ("adv", adv)):
@@ -149,12 +150,13 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_to
     else:
         tau = torch.full_like(adv, o.tau_neg).masked_fill(adv > 0, o.tau_pos)
         pg = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * adv
-    kl = o.beta * kl_penalty(logp, logp_ref, o.kl) if o.beta else 0.0  # state-wise: a token given its prefix
+    kl = o.beta * kl_penalty(logp, logp_ref, o.kl) if o.beta else 0.0  # at each token, given those before
     loss = (pg + (ratio * kl if o.kl_ratio else kl)).masked_fill(~mask, 0.0)
     tokens = mask.sum().clamp(min=1)
     n_tokens = tokens if n_tokens is None else n_tokens
     n_answers = mask[:, :, 0].numel() if n_answers is None else n_answers
     max_len = mask.shape[2] if max_len is None else max_len
+    # "answer" has divided by each length, "length" divides by the constant max_len
     denominator = {"answer": n_answers, "token": n_tokens, "length": n_answers * max_len, "sum": n_answers}
     loss = (loss / length if o.reduce == "answer" else loss).sum() / denominator[o.reduce]
 

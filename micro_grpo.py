@@ -1,4 +1,4 @@
-"""GRPO in one file: a tiny transformer learns to sort four digits, taught by a reward alone.
+"""GRPO in one file: after a short supervised start, a reward teaches a tiny transformer to sort four digits.
 
 GRPO is Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300, equations 3 and 4).
 Left out: answers of different lengths, a KV cache, checkpoints. train_grpo.py has them.
@@ -18,7 +18,7 @@ LR, EPS, BETA = 1.5e-3, 0.2, 0.04  # learning rate, ε of the clip, weight β of
 
 # ---- the task: prompts, and a reward for any answer ----
 def make_examples():
-    """All 10,000 prompts with right answers, shuffled: 9,000 to train on, 1,000 fresh ones to measure with."""
+    """All 10,000 prompts with right answers, shuffled: 9,000 to train on, 1,000 fresh ones to test on."""
     digits = torch.cartesian_prod(*[torch.arange(10)] * T)  # (10000, T)
     examples = torch.cat([digits, torch.full((10000, 1), 10), digits.sort(dim=1).values], dim=1)
     return examples[torch.randperm(10000)].split([9000, 1000])  # (9000, P + T), (1000, P + T)
@@ -96,21 +96,21 @@ def grpo(policy, examples, fresh, steps=STEPS):
         tokens = sample(policy, prompts)  # (B, G, P + T)
         # 2. Reward: one number for each answer.
         reward = reward_of(tokens)  # (B, G)
-        # 3. Group advantage: how much better is an answer than the others to the same prompt?
+        # 3. Group advantage: how much better is an answer than the mean of its group?
         adv = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
-        # 4. Log-probabilities under the policy that sampled, and under the reference.
+        # 4. Log-probabilities before any update: under the policy that sampled, and under the reference.
         logp_old = log_prob(policy, tokens).detach()  # (B, G, T)
         logp_ref = log_prob(reference, tokens)
         # 5. Ratio, clip, KL, update. The ratio is 1 at the first update; the clip can act from the second on.
-        optimizer.param_groups[0]["lr"] = LR * (1 - 0.85 * step / steps)
+        optimizer.param_groups[0]["lr"] = LR * (1 - 0.85 * step / steps)  # falls to 15 %
         for _ in range(UPDATES):
             loss, kl, clipped = grpo_loss(log_prob(policy, tokens), logp_old, logp_ref, adv)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         if step % 25 == 0:
-            print(f"step {step:3}  reward {reward.mean():.3f}  exact answers {evaluate(policy, fresh)[0]:6.1%}  "
-                  f"KL {kl:.3f}  clipped {clipped:.2%}", flush=True)
+            print(f"step {step:3}  reward {reward.mean():.3f}  exact answers "
+                  f"{evaluate(policy, fresh)[0]:6.1%}  KL {kl:.3f}  clipped {clipped:.2%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """PPO, Proximal Policy Optimization (arXiv:1707.06347): a value network where GRPO has a group mean.
 
 Pure functions on (N, T) tensors, N answers of up to T tokens, and the critic. More axes in front, as in
-(B, G, T), work too. An answer ends at its last real token, even if max_new cut it: no bootstrap.
+(B, G, T), work too. An answer cut by max_new counts as ended: no value is added for what might follow.
 Left out: a trunk shared with the policy, adaptive KL.
 Run: python train_ppo.py
 """

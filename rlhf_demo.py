@@ -25,7 +25,7 @@ from generate import sample_texts
 from generate import score as score_answers
 from model import load_policy
 from reward import load_scorer
-from utils.cli import AtLeast, parse
+from utils.cli import AtLeast, parse, resume_command
 from utils.device import pick_device
 from utils.figure import GRID, plot_panels
 from utils.rewards import JUDGES
@@ -65,7 +65,7 @@ def run(script, output, inputs, last_step, args, *flags):
     stage = subprocess.run([sys.executable, *command[1:]])
     signal.signal(signal.SIGINT, before)
     if stage.returncode == 130:
-        print("the demo goes on with: python rlhf_demo.py")
+        print("the demo goes on with:", resume_command().removesuffix(" --resume"))
     if stage.returncode:
         raise SystemExit(stage.returncode)
 

@@ -1,6 +1,6 @@
 """What GRPO and PPO share on text: prompts, answers sampled from a policy, their reward, what is measured.
 
-A step has B prompts, of which a process holds b (one process: all), and G answers to each: (b, G, T).
+A step has B prompts and G answers to each. A process holds b of the prompts; one process holds all.
 Left out: filtering of groups (DAPO's dynamic sampling).
 Run: python train_grpo.py
 """
@@ -26,10 +26,10 @@ COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "distinct"
 
 @dataclass
 class Answers:
-    """G answers to each of b prompts, as the policy sampled them."""
+    """G answers to each of b prompts, as the policy sampled them. A blank line, the stop, ends an answer."""
     tokens: torch.Tensor        # (b, G, P + T)
     logp: torch.Tensor          # (b, G, T) under the policy that sampled
-    mask: torch.Tensor          # (b, G, T): True up to the token that stops the answer, which is included
+    mask: torch.Tensor          # (b, G, T): True to the stop's last token, which is scored like any other
     pad: torch.Tensor | None    # (b, G): how many tokens on the left of each prompt are padding
     prompts: Prompts            # b·G rows, an answer's prompt each
     texts: list[str]            # b·G
@@ -70,7 +70,7 @@ class Environment:
         return tokens, logp, mask, completions(tokens[:, self.P:], mask, self.tokenizer)
 
     def rollout(self, policy, generator):
-        """G answers to each of this process's prompts. All processes draw the same prompts and uniforms."""
+        """G answers to each of this process's prompts. All processes draw the same random numbers."""
         B, G = self.args.prompts_per_step, self.args.group_size
         index = self.train.draw(B, generator)
         uniforms = torch.rand(B, G, self.T, generator=generator)[self.share].flatten(0, 1)

@@ -1,7 +1,7 @@
 """Answers of any text policy of this repository: π₀, GRPO's, PPO's.
 
-Top-k and top-p (arXiv:1904.09751) are for this script and not for RL. In RL, an update may move a sampled token
-out of the kept set, and its log-probability would be -∞.
+Top-k and top-p (arXiv:1904.09751) are for this script and not for RL. In RL, an update may move a sampled
+token out of the kept set, and its log-probability would be -∞.
 Left out: chat templates, batches of different starts.
 Run: python sample.py --policy out/sft/policy.pth --start "ROMEO:\\n" --num_samples 5 --top_k 40 --seed 1
 """

@@ -1,6 +1,6 @@
 """GRPO on text: π₀ answers each prompt G times, and the group's own mean is the baseline (arXiv:2402.03300).
 
-`diff train_grpo.py train_ppo.py` is the lesson. PPO's advantage stands later: it needs the values.
+`diff train_grpo.py train_ppo.py` is the lesson. PPO's advantage comes later: it needs the critic's values.
 Left out: filtering of groups (DAPO's dynamic sampling), a reference that moves.
 Run: python train_grpo.py (several processes: torchrun --nproc_per_node=2 train_grpo.py)
 """
@@ -27,7 +27,7 @@ class Args:
     objective: Literal[tuple(OBJECTIVES)] = "grpo"  # a row of grpo.py's table
     prompts_per_step: Annotated[int, AtLeast(1)] = 16  # B
     group_size: Annotated[int, AtLeast(1)] = 8  # G, answers to each prompt
-    beta: Annotated[float | None, AtLeast(0.0)] = 0.05  # weight of the KL penalty; None: the objective's own
+    beta: Annotated[float | None, AtLeast(0.0)] = 0.05  # of the KL, for every objective; None: its own
     lr: Annotated[float, AtLeast(0.0)] = 1.5e-4  # learning rate of AdamW
     steps: Annotated[int, AtLeast(1)] = 60  # rollouts
     epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers
@@ -38,10 +38,10 @@ class Args:
     policy: str = "out/sft/policy.pth"  # π₀
     reward: str = "model"  # model, sentiment, meter, or FILE.py:FUNCTION
     reward_model: str = "out/reward/reward.pth"  # of --reward model
-    gold: Literal[tuple(JUDGES)] = "sentiment"  # measured beside the reward, never trained on
+    gold: Literal[tuple(JUDGES)] = "sentiment"  # a fixed judge, measured beside the reward
     data: str = "auto"  # where prompts come from, as in sft.py
     prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
-    prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens
+    prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens; --prompts keep their own length
     max_new: Annotated[int, AtLeast(1)] = 48  # tokens of an answer
     temperature: Annotated[float, AtLeast(1e-3)] = 1.0  # of sampling and scoring alike
     eval_every: Annotated[int, AtLeast(1)] = 20  # steps
@@ -95,11 +95,11 @@ def main(args):
         # ---- old and reference log-probabilities ----
         with torch.no_grad():
             logp_ref = env.score(ref, answers)[0]  # (b, G, T)
-            logp_old = answers.logp  # in float32 the sampler's are those of a score, to 1e-5
+            logp_old = answers.logp  # noted when the token was drawn; in float32 env.score agrees to 1e-5
             if updates > 1 and run.dtype != "fp32":
                 logp_old = env.score(policy, answers)[0]
 
-        # ---- update: losses of micro-batches and processes add up, the denominators are those of all ----
+        # ---- update: the parts' losses add up, since each is divided by the whole update's totals ----
         for _ in range(args.epochs_per_rollout):
             for batch in torch.randperm(answers.total, generator=generator).chunk(args.minibatches):
                 n_tokens = ranks.count(answers.mask, batch, answers.share)

@@ -1,6 +1,6 @@
 """PPO on text: a value network is the baseline, and the KL to π₀ is part of the reward (arXiv:1707.06347).
 
-`diff train_grpo.py train_ppo.py` is the lesson. PPO's advantage stands later: it needs the values.
+`diff train_grpo.py train_ppo.py` is the lesson. PPO's advantage comes later: it needs the critic's values.
 Left out: adaptive KL, a trunk shared by policy and critic. On text as InstructGPT has it, arXiv:2203.02155.
 Run: python train_ppo.py (several processes: torchrun --nproc_per_node=2 train_ppo.py)
 """
@@ -43,10 +43,10 @@ class Args:
     policy: str = "out/sft/policy.pth"  # π₀
     reward: str = "model"  # model, sentiment, meter, or FILE.py:FUNCTION
     reward_model: str = "out/reward/reward.pth"  # of --reward model
-    gold: Literal[tuple(JUDGES)] = "sentiment"  # measured beside the reward, never trained on
+    gold: Literal[tuple(JUDGES)] = "sentiment"  # a fixed judge, measured beside the reward
     data: str = "auto"  # where prompts come from, as in sft.py
     prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
-    prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens
+    prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens; --prompts keep their own length
     max_new: Annotated[int, AtLeast(1)] = 48  # tokens of an answer
     temperature: Annotated[float, AtLeast(1e-3)] = 1.0  # of sampling and scoring alike
     eval_every: Annotated[int, AtLeast(1)] = 20  # steps
@@ -98,7 +98,7 @@ def main(args):
         # ---- old and reference log-probabilities ----
         with torch.no_grad():
             logp_ref = env.score(ref, answers)[0]  # (b, G, T)
-            logp_old = answers.logp  # in float32 the sampler's are those of a score, to 1e-5
+            logp_old = answers.logp  # noted when the token was drawn; in float32 env.score agrees to 1e-5
             if run.dtype != "fp32":
                 logp_old = env.score(policy, answers)[0]
             value_old = env.value(critic, answers)  # (b, G, T)
@@ -110,7 +110,7 @@ def main(args):
         adv_all = whiten(ranks.gather(adv), ranks.gather(answers.mask))  # (B, G, T)
         adv = adv_all[answers.share]
 
-        # ---- update: losses of micro-batches and processes add up, the denominators are those of all ----
+        # ---- update: the parts' losses add up, since each is divided by the whole update's totals ----
         for _ in range(args.epochs_per_rollout):
             for batch in torch.randperm(answers.total, generator=generator).chunk(args.minibatches):
                 n_tokens = ranks.count(answers.mask, batch, answers.share)

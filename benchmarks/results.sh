@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README and docs/: bash benchmarks/results.sh [base|demo|shakespeare|objectives|reward|char|speed|learn|roofline|
+# The runs behind the README and docs/: bash benchmarks/results.sh [micro|base|demo|shakespeare|objectives|reward|char|speed|learn|roofline|
 # scaling|cnn|exact|vit|clip|c2i|vlm]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
@@ -10,6 +10,12 @@ what="${1:-all}"
 
 want() { [ "$what" = all ] || [ "$what" = "$1" ]; }
 
+if want micro; then  # what five seeds of the first file print
+  mkdir -p results/micro
+  for seed in 0 1 2 3 4; do
+    $python micro_grpo.py $seed > results/micro/s$seed.txt
+  done
+fi
 if want base; then  # π₀ and the reward model that all RL runs share
   $python sft.py --data shakespeare --out out/sft --log results/sft.csv
   $python reward_model.py --data shakespeare --log results/reward-s0.csv

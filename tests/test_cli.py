@@ -96,7 +96,8 @@ def test_every_flag_of_a_script_has_a_group_and_a_word(monkeypatch, path):
 
 
 HISTORICAL = {"grpo_steps", "kl_coef", "eval_interval", "global_seed", "num_generations", "max_grad_norm",
-              "ckpt_dir", "ckpt_every", "mixed_precision", "output_dir", "clip_range", "max_steps", "loss_type"}
+              "ckpt_dir", "ckpt_every", "mixed_precision", "output_dir", "clip_range", "max_steps",
+              "loss_type"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS)

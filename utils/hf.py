@@ -36,7 +36,7 @@ def load_gpt2(source, model_class, config_class):
         c = {**PLAIN, **json.loads((folder / "config.json").read_text())}
         wrong = [f"{k}={c[k]!r}" for k, v in PLAIN.items() if c[k] != v]
         if c["model_type"] != "gpt2" or wrong:
-            die(f"{folder}/config.json is not a plain GPT-2: model_type {c['model_type']!r} {' '.join(wrong)}")
+            die(f"{folder}/config.json is no plain GPT-2: model_type {c['model_type']!r} {' '.join(wrong)}")
         model = model_class(config_class(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"],
                                          c["n_embd"]))
         weights = {k.removeprefix("transformer."): w for k, w in
