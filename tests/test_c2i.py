@@ -185,7 +185,11 @@ def test_two_processes_equal_one_and_resume_on_one(folder, kinds):
 
 @pytest.mark.slow
 def test_half_precision_between_processes(folder):
-    """Gradients in bf16 under DDP, all passes in bf16 under FSDP2: near float32 on one process, not equal."""
+    """Gradients in bf16 under DDP, all passes in bf16 under FSDP2: near float32 on one process, not equal.
+
+    AdamW moves a weight by about lr an update. A gradient near 0 may change its sign, so after 4 updates two
+    runs may differ by 8 · lr = 0.024 in single weights: they did by 0.022. The mean tells more.
+    """
     shared = [*SOME, "--steps", 2, "--save-every", 2]
     cli(c2i_grpo, *shared, "--out", "one", "--log", "one.csv")
     for kind in ("ddp-half", "fsdp-half"):
@@ -193,7 +197,7 @@ def test_half_precision_between_processes(folder):
     two_processes("ddp-half,fsdp-half", *shared, "--sample-batch-size", 4, "--train-batch-size", 2)
     for kind in ("ddp-half", "fsdp-half"):
         gap = (weights(f"{kind}/0000002") - weights("one/0000002")).abs()
-        assert 0 < gap.max() < 0.02 and gap.mean() < 3e-3, (kind, gap.max(), gap.mean())
+        assert 0 < gap.max() < 0.024 and gap.mean() < 3e-3, (kind, gap.max(), gap.mean())
         for a, b in zip(numbers("one.csv")[:1], numbers(f"{kind}.csv")):
             assert float(a["entropy"]) == pytest.approx(float(b["entropy"]), abs=0.02) and a != b
 
@@ -474,7 +478,7 @@ def test_what_does_not_fit_is_one_line(capsys, words, said):
 def test_several_class_slots_are_refused_by_tyro(capsys):
     with pytest.raises(SystemExit) as left:
         cli(c2i_grpo, *SOME, "--cls-token-num", 2)
-    assert left.value.code == 2 and "--cls-token-num" in helpers.plain(capsys.readouterr().err)
+    assert left.value.code == 2 and "--cls_token_num" in helpers.plain(capsys.readouterr().err)
 
 
 def test_bad_files_are_one_line(llamagen, capsys):
