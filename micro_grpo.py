@@ -25,7 +25,7 @@ def make_examples():
 
 
 def reward_of(tokens):
-    """The share of right places, (..., P + T) -> (...). A reward for whole answers would be 0 too often."""
+    """The share of right places, (..., P + T) -> (...). At the start most whole answers are wrong."""
     return (tokens[..., P:] == tokens[..., :T].sort(dim=-1).values).float().mean(dim=-1)
 
 
