@@ -35,7 +35,7 @@ def parsed(monkeypatch, *words):
 @pytest.mark.parametrize("words, want", [
     ([], Args()),
     (["--grpo_steps", "3"], Args(steps=3)), (["--grpo-steps=3"], Args(steps=3)),
-    (["--steps", "3"], Args(steps=3)),
+    (["--steps", "3"], Args(steps=3)), (["--grpo_steps", "3", "--grpo-steps", "4"], Args(steps=4)),
     (["--use-amp", "--resume"], Args(dtype="bf16", resume=True)),
     (["--use_amp", "--dtype", "bf16"], Args(dtype="bf16")),
     (["--kl-coef", "0.5", "--beta=0.5"], Args(beta=0.5)), (["--kl_coef", "None"], Args()),
@@ -48,7 +48,7 @@ def test_a_flag_has_two_names_and_one_value(monkeypatch, words, want):
     (["--grpo_steps", "3", "--steps", "4"],
      "error: --grpo_steps 3 and --steps 4: these are names of one flag, --steps. Give one of them\n"),
     (["--use-amp", "--dtype", "fp32"],
-     "error: --use-amp bf16 and --dtype fp32: these are names of one flag, --dtype. Give one of them\n"),
+     "error: --use_amp bf16 and --dtype fp32: these are names of one flag, --dtype. Give one of them\n"),
     (["--steps", "0"], "error: --steps 0 is too small: wanted at least 1\n"),
     (["--kl-coef", "-1"], "error: --beta -1.0 is too small: wanted at least 0.0\n")])
 def test_what_does_not_go_together_is_one_line(monkeypatch, capsys, words, message):

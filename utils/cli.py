@@ -94,11 +94,11 @@ def canonical_names(words, aliases):
             values.append(word)
             continue
         typed, _, value = word.partition("=")
-        old = typed[2:].replace("-", "_")
+        old = typed[2:].replace("-", "_")  # both spellings are one name
         name, _, meant = aliases.get(old, old).partition("=")
         values = [word for word in (value, meant) if word]
         result += [f"--{name}" if old in aliases else typed, *values]
-        given.setdefault(name, {})[typed] = values
+        given.setdefault(name, {})[f"--{old}"] = values
     for name, spellings in given.items():
         if len({tuple(values) for values in spellings.values()}) > 1:
             both = " and ".join(" ".join([typed, *values]) for typed, values in spellings.items())
