@@ -107,10 +107,10 @@ def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top
     return tokens, logp * mask, mask
 
 
-def score(model, tokens, prompt_len, temperature=1.0, pad=None, group_size=1):
+def score(model, tokens, prompt_len, temperature=1.0, pad=None, group_size=1, entropy_grad=False):
     """Log-probability and full-softmax entropy of the answer: tokens (N, P + T) -> two float32 (N, T).
 
-    Only the last T positions meet the output head. The entropy carries no gradient. group_size G > 1: rows
+    Only the last T positions meet the output head. The entropy has a gradient if asked. group_size > 1: rows
     are G answers to each prompt, side by side, and the prompt is read once for its group.
     """
     if group_size == 1:
@@ -123,6 +123,9 @@ def score(model, tokens, prompt_len, temperature=1.0, pad=None, group_size=1):
         hidden = torch.cat([first.repeat_interleave(group_size, 0), rest], 1)
     logits = model.logits(hidden).float() / temperature  # (N, T, V)
     logp = -F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_len:].flatten(), reduction="none")
+    if entropy_grad:  # entr's own gradient is infinite at probability 0
+        every = logits.log_softmax(-1)
+        return logp.view(every.shape[:2]), -(every.exp() * every).sum(-1)
     with torch.no_grad():
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
     return logp.view_as(entropy), entropy

@@ -4,7 +4,7 @@ Pure functions on tensors: B prompts, G answers to each prompt, T actions (token
 Left out: sampling (rollout.py), the optimizer (train_grpo.py), and PPO's value network (ppo.py).
 Run: python train_grpo.py --objective grpo
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -25,9 +25,9 @@ def plain_grpo(reward, logp, logp_old, logp_ref, mask, eps=0.2, beta=0.04):
 
 
 # ---- the family: what each member changes ----
-CHOICES = {"baseline": ("mean", "loo", "none"), "scale": ("group", "batch", "none"), "kl": ("k1", "k2", "k3"),
+CHOICES = {"baseline": ("mean", "loo", "batch", "none"), "scale": ("group", "batch", "mean", "none"),
            "ratio": ("token", "sequence", "none"), "surrogate": ("clip", "cispo", "sapo"),
-           "reduce": ("answer", "token", "length", "sum")}
+           "reduce": ("answer", "token", "length", "sum"), "kl": ("k1", "k2", "k3")}
 
 
 def check(**chosen):
@@ -39,8 +39,8 @@ def check(**chosen):
 @dataclass(frozen=True)
 class Objective:
     """One row of the table; a variant is dataclasses.replace(OBJECTIVES["grpo"], beta=0.0)."""
-    baseline: str = "mean"      # is subtracted from the reward: mean, loo (mean of the others), none
-    scale: str = "group"        # divides it: std of the group, std of all rewards of the batch, none
+    baseline: str = "mean"      # is subtracted: the group's mean, loo (of the others), batch (of all), none
+    scale: str = "group"        # divides: the std of the group, of the batch, the mean of the group, none
     ratio: str = "token"        # token, sequence (exp of an answer's mean log-ratio), none (on-policy)
     surrogate: str = "clip"     # clip, cispo, sapo
     reduce: str = "answer"      # answer, token, length, sum: how tokens become one number
@@ -59,49 +59,44 @@ class Objective:
 
 OBJECTIVES = {
     "reinforce": Objective(baseline="none", scale="none", ratio="none", reduce="sum"),
+    "reinforce_pp": Objective(baseline="batch", scale="batch", reduce="token"),  # arXiv:2501.03262
     "rloo": Objective(baseline="loo", scale="none", ratio="none", reduce="sum"),  # arXiv:2402.14740
     "grpo": Objective(beta=0.04),  # arXiv:2402.03300
     "dr_grpo": Objective(scale="none", reduce="length"),  # arXiv:2503.20783: no std, one divisor, no KL
     "dapo": Objective(reduce="token", eps_high=0.28),  # arXiv:2503.14476
+    "lite_ppo": Objective(scale="batch", reduce="token"),  # arXiv:2508.08221
     "gspo": Objective(ratio="sequence", eps_low=3e-4, eps_high=4e-4),  # arXiv:2507.18071
+    "luspo": Objective(ratio="sequence", reduce="sum", eps_low=2e-3, eps_high=2.5e-3),  # arXiv:2602.05261
     "cispo": Objective(surrogate="cispo", reduce="token", eps_high=5.0),  # arXiv:2506.13585, 2510.13786
     "sapo": Objective(surrogate="sapo"),  # arXiv:2511.20347
+    "maxrl": Objective(scale="mean", reduce="token"),  # arXiv:2602.02710, for rewards of 0 and 1
 }
 
 
-def pick_objective(name, beta=None, group_size=2, updates=1):
-    """The table's row with another β (None: its own) -> Objective.
-
-    ValueError where groups of this size, or so many updates a rollout, don't go with it.
-    """
-    objective = OBJECTIVES[name] if beta is None else replace(OBJECTIVES[name], beta=beta)
-    if group_size < 2 and objective.baseline != "none":
-        raise ValueError(f"--group_size {group_size}: {name} compares a prompt's answers, wanted at least 2")
-    if objective.ratio == "none" and updates > 1:
-        raise ValueError(f"--objective {name} has no ratio: {updates} updates a rollout would be off-policy, "
-                         "wanted 1 epoch and 1 minibatch")
-    return objective
-
-
 def group_advantage(reward, baseline="mean", scale="group", eps=1e-4):
-    """How much better an answer is than its group: A = (R - baseline) / (std + eps), std unbiased.
+    """How much better an answer is than its group: A = (R - baseline) / (scale + eps), std unbiased.
 
     reward (B, G) -> (B, G), without gradient. Equal rewards of a group give exactly 0 under mean and loo.
-    arXiv:2402.03300, section 4.1.2. ValueError on an unknown name, or where G = 1 leaves nothing to compare.
+    arXiv:2402.03300, 4.1.2. ValueError on an unknown name, a group of one, a reward below 0 with scale mean.
     """
     assert reward.dim() == 2, f"reward has shape {tuple(reward.shape)}, wanted (B, G)"
     check(baseline=baseline, scale=scale)
     G = reward.shape[1]
     if G < 2 and (baseline, scale) != ("none", "none"):
         raise ValueError(f"a group of {G=}: {baseline=}, {scale=} need at least 2 answers")
+    if scale == "mean" and (reward < 0).any():
+        raise ValueError(f"{scale=} got a reward of {reward.min():.4g}: wanted rewards of at least 0")
     reward = promote(reward.detach())
-    shifted = reward - reward[:, :1]  # equal rewards are exact zeros from here on, and so is their advantage
-    adv = reward if baseline == "none" else shifted - shifted.mean(1, keepdim=True)
+    shifted = reward - (reward[0, 0] if baseline == "batch" else reward[:, :1])  # equal rewards: exactly 0
+    mean = shifted.mean() if baseline == "batch" else shifted.mean(1, keepdim=True)
+    adv = reward if baseline == "none" else shifted - mean
     adv = adv * (G / (G - 1)) if baseline == "loo" else adv  # = R - mean of the other G - 1
     if scale == "group":
         adv = adv / (shifted.std(1, keepdim=True) + eps)
     elif scale == "batch":
         adv = adv / (reward.std() + eps)
+    elif scale == "mean":
+        adv = adv / (reward.mean(1, keepdim=True) + eps)
     return adv
 
 
@@ -121,18 +116,19 @@ def kl_penalty(logp, logp_ref, estimator="k3"):
 def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_tokens=None, n_answers=None):
     """The loss to minimise and its stats: surrogate(r, A) + β·KL a token, reduced; r = exp(logp - logp_old).
 
-    logp, logp_old, logp_ref, mask (B, G, T), adv (B, G) -> scalar, dict of masked means (ratio_max: maximum).
+    logp, logp_old, logp_ref, mask (B, G, T), adv (B, G) or, one a token, (B, G, T) -> scalar, dict of masked
+    means (ratio_max: maximum). With β = 0 logp_ref may be NaN, and so is the stat kl.
     Pass n_tokens and n_answers of the whole optimizer step. Then the losses of its parts add up.
     AssertionError on other shapes, and on a gradient where none belongs.
     """
     for name, x in (("logp_old", logp_old), ("logp_ref", logp_ref), ("mask", mask), ("adv", adv)):
-        want = logp.shape[:2] if name == "adv" else logp.shape
+        want = logp.shape[:max(2, adv.dim())] if name == "adv" else logp.shape
         assert x.shape == want and not x.requires_grad, \
             f"{name} has shape {tuple(x.shape)}, requires_grad {x.requires_grad}, wanted {tuple(want)}, False"
     assert logp.dim() == 3, f"logp has shape {tuple(logp.shape)}, wanted (B, G, T)"
     o, mask = objective, mask.bool()  # what is masked is filled: multiplied by 0, an inf would become NaN
     logp, logp_old, logp_ref = (promote(x).masked_fill(~mask, 0.0) for x in (logp, logp_old, logp_ref))
-    adv = promote(adv)[:, :, None]  # (B, G, 1)
+    adv = promote(adv).view(*mask.shape[:2], -1)  # (B, G, 1), or (B, G, T)
     length = mask.sum(2, keepdim=True).clamp(min=1)  # an empty answer divides nothing by zero
     ratio = torch.exp(logp - logp_old)  # (B, G, T)
     if o.ratio == "sequence":

@@ -2,7 +2,7 @@
 
 Pure functions on (N, T) tensors, N answers of up to T tokens, and the critic. More axes in front, as in
 (B, G, T), work too. An answer cut by max_new counts as ended: no value is added for what might follow.
-Left out: a trunk shared with the policy, adaptive KL.
+Left out: a trunk shared with the policy, adaptive KL. On text as InstructGPT has it, arXiv:2203.02155.
 Run: python train_ppo.py
 """
 import torch

@@ -1,47 +1,29 @@
 """What GRPO and PPO share on text: prompts, answers sampled from a policy, their reward, what is measured.
 
 A step has B prompts and G answers to each. A process holds b of the prompts; one process holds all.
-Left out: filtering of groups (DAPO's dynamic sampling).
+Left out: answers of several turns.
 Run: python train_grpo.py
 """
 import functools
-from dataclasses import dataclass, replace
 
 import torch
 
+from answers import Answers
 from generate import generate, next_token, score
 from grpo import masked_mean
 from reward import load_scorer
+from techniques import cut_off
 from utils import ranks
 from utils.cli import die
 from utils.device import compiled
 from utils.log import SHARED
 from utils.rewards import JUDGES, distinct
 from utils.run import step_generator
-from utils.text import Prompts, completions, load_prompts
+from utils.text import completions, load_prompts
 
-COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "distinct", "ref_logp", "clip_frac",
-           "ratio_max", "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s", "peak_mem_mb"]
-
-
-@dataclass
-class Answers:
-    """G answers to each of b prompts, as the policy sampled them. A blank line, the stop, ends an answer."""
-    tokens: torch.Tensor        # (b, G, P + T)
-    logp: torch.Tensor          # (b, G, T) under the policy that sampled
-    mask: torch.Tensor          # (b, G, T): True to the stop's last token, which is scored like any other
-    pad: torch.Tensor | None    # (b, G): how many tokens on the left of each prompt are padding
-    prompts: Prompts            # b·G rows, an answer's prompt each
-    texts: list[str]            # b·G
-    share: slice                # where these b stand among the B rows of all processes
-    total: int                  # B
-
-    def ungrouped(self):
-        """The same with every answer a group of its own: B·G groups of one answer."""
-        G = self.mask.shape[1]
-        single = {name: x.flatten(0, 1)[:, None] for name, x in vars(self).items() if torch.is_tensor(x)}
-        share = slice(self.share.start * G, self.share.stop * G)
-        return replace(self, **single, share=share, total=self.total * G)
+COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "frac_cut", "distinct", "ref_logp",
+           "clip_frac", "ratio_max", "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s",
+           "peak_mem_mb"]
 
 
 class Environment:
@@ -58,7 +40,9 @@ class Environment:
         self.reward_of = load_scorer(args.reward, args.reward_model, args.policy, tokenizer, self.device)
         share_prompt = getattr(args, "share_prompt", "no")  # PPO's answers stand alone
         self.share_prompt = share_prompt == "yes" or share_prompt == "auto" and 2 * self.P >= self.T
+        self.entropy_grad = args.entropy_coef > 0
         self.compiled = {}
+        self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
 
     # ---- answers, and what they earn ----
     def sample(self, policy, prompts, group_size, uniforms, fast_next_token=None):
@@ -69,15 +53,16 @@ class Environment:
             stop=self.tokenizer.stops, uniforms=uniforms.to(self.device), fast_next_token=fast_next_token)
         return tokens, logp, mask, completions(tokens[:, self.P:], mask, self.tokenizer)
 
-    def rollout(self, policy, generator):
-        """G answers to each of this process's prompts. All processes draw the same random numbers."""
+    def rollout(self, policy, generator, rows=slice(None)):
+        """G answers to each of this process's prompts, or to `rows` of them. All draw the same numbers."""
         B, G = self.args.prompts_per_step, self.args.group_size
-        index = self.train.draw(B, generator)
-        uniforms = torch.rand(B, G, self.T, generator=generator)[self.share].flatten(0, 1)
+        index = self.train.draw(B, generator)[self.share][rows]
+        uniforms = torch.rand(B, G, self.T, generator=generator)[self.share][rows].flatten(0, 1)
         fast = self.fast(next_token, policy) if self.args.compile else None
-        prompts, repeated = (self.train.pick(index[self.share], n) for n in (1, G))
+        prompts, repeated = (self.train.pick(index, n) for n in (1, G))
         tokens, logp, mask, texts = self.sample(policy, prompts, G, uniforms, fast)
         longest = self.T if fast else max(ranks.gather([int(mask.any(0).sum())]))
+        self.drawn += torch.tensor([mask.numel() // self.T, int(mask.sum())])
         tokens, logp, mask = (x.unflatten(0, (-1, G)) for x in (tokens, logp, mask))
         pad = None if repeated.pad is None else repeated.pad.view(-1, G).to(self.device)
         return Answers(tokens[..., :self.P + longest], logp[..., :longest], mask[..., :longest], pad,
@@ -98,7 +83,7 @@ class Environment:
         by = self.fast(score, model) if self.args.compile else functools.partial(score, model)
         with self.run.autocast():
             both = by(tokens.flatten(0, 1), self.P, self.args.temperature, self.pad(answers, rows),
-                      tokens.shape[1] if self.share_prompt else 1)
+                      tokens.shape[1] if self.share_prompt else 1, self.entropy_grad)
         return [x.unflatten(0, tokens.shape[:2]) for x in both]
 
     def value(self, critic, answers, rows=None):
@@ -126,13 +111,24 @@ class Environment:
     def measure(self, answers, reward, adv):
         """A step's numbers beside the loss, of all processes; reward (B, G), adv (B, G) or (B, G, T)."""
         texts, mask = ranks.gather(answers.texts), ranks.gather(answers.mask)
-        n_tokens = int(mask.sum())
+        samples, tokens = ranks.gather(self.drawn[None]).sum(0).tolist()
+        self.drawn.zero_()
+        cut = ranks.gather(cut_off(answers, self.tokenizer.stops, self.T)).float().mean()
         token_adv = adv.abs().mean() if adv.dim() == 2 else masked_mean(adv.abs(), mask)
         gold = JUDGES[self.args.gold](texts, ranks.gather(answers.prompts.texts))
         equal = (reward == reward[:, :1]).all(1).float().mean() if reward.shape[1] > 1 else None
         return {"mean_r": reward.mean(), "token_adv": token_adv, "gold": sum(gold) / len(gold),
-                "length": n_tokens / len(texts), "distinct": distinct(texts), "frac_zero_std": equal,
-                "samples": len(texts), "tokens": n_tokens}
+                "length": mask.sum() / len(texts), "distinct": distinct(texts), "frac_zero_std": equal,
+                "frac_cut": cut, "samples": samples, "tokens": tokens}
+
+    def begin(self, step, policy, ref):
+        """What held-out answers earn, every --eval_every steps, else {}; π₀ may move. The clock starts."""
+        due = step % self.args.eval_every == 0
+        held_out = {} if not due else self.first if step == self.run.start else self.evaluate(policy)
+        if self.args.sync_ref_every and step and step % self.args.sync_ref_every == 0:
+            ref.load_state_dict(policy.state_dict())
+        self.run.start_clock()
+        return held_out
 
     def evaluate(self, policy):
         """Mean reward and gold score of an answer to each held-out prompt, always from the same draws."""

@@ -1,7 +1,7 @@
 """GRPO on text: π₀ answers each prompt G times, and the group's own mean is the baseline (arXiv:2402.03300).
 
 `diff train_grpo.py train_ppo.py` is the lesson. PPO's advantage comes later: it needs the critic's values.
-Left out: filtering of groups (DAPO's dynamic sampling), a reference that moves.
+What surrounds the loss, each a flag that is off by default, is in techniques.py.
 Run: python train_grpo.py (several processes: torchrun --nproc_per_node=2 train_grpo.py)
 """
 import copy
@@ -12,7 +12,9 @@ import utils  # before torch: it sets how OpenMP's threads wait
 
 import torch
 
-from grpo import OBJECTIVES, group_advantage, grpo_loss, pick_objective
+import techniques
+from answers import minibatches
+from grpo import OBJECTIVES, group_advantage, grpo_loss
 from model import load_policy
 from rollout import COLUMNS, Environment
 from utils import checkpoint, ranks
@@ -22,12 +24,14 @@ from utils.run import Run, step_generator
 
 
 @dataclass
-class Args:
+class Args(techniques.Techniques):
     # ---- the algorithm ----
     objective: Literal[tuple(OBJECTIVES)] = "grpo"  # a row of grpo.py's table
     prompts_per_step: Annotated[int, AtLeast(1)] = 16  # B
     group_size: Annotated[int, AtLeast(1)] = 8  # G, answers to each prompt
     beta: Annotated[float | None, AtLeast(0.0)] = 0.05  # of the KL, for every objective; None: its own
+    kl_in_reward: bool = False  # β·KL is taken from the reward, not added to the loss
+    dynamic_sampling: Annotated[int, AtLeast(0)] = 0  # rounds in which groups of equal rewards are drawn anew
     lr: Annotated[float, AtLeast(0.0)] = 1.5e-4  # learning rate of AdamW
     steps: Annotated[int, AtLeast(1)] = 60  # rollouts
     epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers
@@ -64,58 +68,59 @@ def main(args):
     # ---- set-up ----
     updates = args.epochs_per_rollout * args.minibatches
     with refusing():
-        objective = pick_objective(args.objective, args.beta, args.group_size, updates)
+        objective, kl_weight = techniques.pick_objective(args, updates)  # kl_weight: β of a KL in the reward
+    with_kl = objective.beta or kl_weight  # else only evaluated steps ask the reference
     ranks.whole_parts(args.prompts_per_step, args.minibatches, "--minibatches")
     device = ranks.start(args.device)
     run = Run(args, COLUMNS, args.steps, device, program(), args.save_every, objective=objective)
+    rescored = (updates > 1 or kl_weight) and run.dtype != "fp32"  # fp32: the sampler agrees to 1e-5
     policy, tokenizer = load_policy(args.policy, device)
     ref = copy.deepcopy(policy).requires_grad_(False)
     policy.checkpointing = args.grad_checkpoint
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
     env = Environment(args, policy, tokenizer, run)
-    run.hold(checkpoint.about(policy, tokenizer), "policy", model=policy, optimizer=optimizer)
-    first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
+    trained = {"model": policy}
+    run.hold(checkpoint.about(policy, tokenizer), "policy", **trained, optimizer=optimizer,
+             **techniques.moving(ref, args))
+    env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():
-        due = step % args.eval_every == 0
-        held_out = {} if not due else first if step == run.start else env.evaluate(policy)
-        run.start_clock()
+        held_out = env.begin(step, policy, ref)
 
         # ---- rollout: G answers to each of B prompts ----
         generator = step_generator(args.seed, step)
         answers = env.rollout(policy, generator)  # tokens (b, G, P + T), logp and mask (b, G, T)
 
         # ---- reward ----
-        reward = ranks.gather(env.reward(answers))  # (B, G)
-
-        # ---- advantage: how much better an answer is than its group ----
-        adv_all = group_advantage(reward, objective.baseline, objective.scale).to(device)  # (B, G)
-        adv = adv_all[answers.share]
+        answers, reward = techniques.rewarded(answers, env, policy, generator)  # (B, G), of all processes
+        earned = techniques.shaped(reward, answers, args)  # the same, but for a flag
 
         # ---- old and reference log-probabilities ----
         with torch.no_grad():
-            logp_ref = env.score(ref, answers)[0]  # (b, G, T)
-            logp_old = answers.logp  # noted when the token was drawn; in float32 env.score agrees to 1e-5
-            if updates > 1 and run.dtype != "fp32":
-                logp_old = env.score(policy, answers)[0]
+            logp_old = env.score(policy, answers)[0] if rescored else answers.logp  # (b, G, T)
+            logp_ref = env.score(ref, answers)[0] if with_kl or held_out else logp_old * torch.nan
+
+        # ---- advantage: how much better an answer is than its group ----
+        earned = techniques.less_kl(earned, answers, logp_old, logp_ref, kl_weight)  # (B, G)
+        adv_all = group_advantage(earned, objective.baseline, objective.scale).to(device)  # (B, G)
+        answers.useful = techniques.groups_with_gradient(adv_all, objective, args)  # (B,)
+        adv, mask_all = techniques.weighted(adv_all[answers.share], answers, args, env, policy)  # (b, G, T)
 
         # ---- update: the parts' losses add up, since each is divided by the whole update's totals ----
         for _ in range(args.epochs_per_rollout):
-            for batch in torch.randperm(answers.total, generator=generator).chunk(args.minibatches):
-                n_tokens = ranks.count(answers.mask, batch, answers.share)
-                for rows in ranks.local(batch, answers.share, args.micro_batch):
+            for batch in minibatches(answers, mask_all, args, generator):
+                for rows in batch.parts:
                     logp, entropy = env.score(policy, answers, rows)
-                    mask = answers.mask[rows]
-                    weight = mask.sum() / n_tokens
-                    # with one update a rollout the policy has not moved yet: the ratio is exactly 1
-                    old = logp.detach() if updates == 1 else logp_old[rows]
+                    mask = mask_all[rows]
+                    old = logp_old[rows] if updates > 1 else logp.detach()  # then the ratio is exactly 1
                     loss, stats = grpo_loss(logp, old, logp_ref[rows], adv[rows], mask, objective,
-                                            env.T, n_tokens, len(batch) * args.group_size)
+                                            env.T, batch.n_tokens, batch.n_answers)
+                    loss = loss - args.entropy_coef * entropy[mask].sum() / batch.n_tokens
                     loss.backward()
                     stats |= {"entropy": entropy[mask].mean(), "ref_logp": logp_ref[rows][mask].mean()}
-                    run.add(stats, weight / updates)
+                    run.add(stats, mask.sum() / batch.n_scored / updates)
                     run.add({"loss": loss.detach()}, 1 / updates)
-                run.update(optimizer, policy, grad_clip=args.grad_clip, weight=1 / updates)
+                run.update(optimizer, *trained.values(), grad_clip=args.grad_clip, weight=1 / updates)
 
         # ---- log ----
         run.write(**env.measure(answers, reward, adv_all), **held_out)

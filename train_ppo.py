@@ -1,7 +1,7 @@
 """PPO on text: a value network is the baseline, and the KL to π₀ is part of the reward (arXiv:1707.06347).
 
 `diff train_grpo.py train_ppo.py` is the lesson. PPO's advantage comes later: it needs the critic's values.
-Left out: adaptive KL, a trunk shared by policy and critic. On text as InstructGPT has it, arXiv:2203.02155.
+What surrounds the loss, each a flag that is off by default, is in techniques.py.
 Run: python train_ppo.py (several processes: torchrun --nproc_per_node=2 train_ppo.py)
 """
 import copy
@@ -12,6 +12,8 @@ import utils  # before torch: it sets how OpenMP's threads wait
 
 import torch
 
+import techniques
+from answers import minibatches
 from model import load_policy
 from ppo import (VALUE_COLUMNS, ValueModel, explained_variance, gae, ppo_policy_loss, token_reward,
                  token_stats, value_loss, whiten)
@@ -23,7 +25,7 @@ from utils.run import Run, step_generator
 
 
 @dataclass
-class Args:
+class Args(techniques.Techniques):
     # ---- the algorithm ----
     prompts_per_step: Annotated[int, AtLeast(1)] = 16  # B
     group_size: Annotated[int, AtLeast(1)] = 8  # G, answers to each prompt
@@ -70,6 +72,7 @@ def main(args):
     ranks.whole_parts(args.prompts_per_step * args.group_size, args.minibatches, "--minibatches")
     device = ranks.start(args.device)
     run = Run(args, COLUMNS + VALUE_COLUMNS, args.steps, device, program(), args.save_every)
+    rescored = run.dtype != "fp32"  # fp32: the sampler agrees to 1e-5
     policy, tokenizer = load_policy(args.policy, device)
     ref = copy.deepcopy(policy).requires_grad_(False)
     critic = ValueModel(policy.config).to(device).eval()
@@ -79,54 +82,52 @@ def main(args):
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
     optimizer.add_param_group({"params": critic.parameters(), "lr": args.value_lr})
     env = Environment(args, policy, tokenizer, run)
-    run.hold(checkpoint.about(policy, tokenizer), "policy", model=policy, critic=critic, optimizer=optimizer)
-    first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
+    trained = {"model": policy, "critic": critic}
+    run.hold(checkpoint.about(policy, tokenizer), "policy", **trained, optimizer=optimizer,
+             **techniques.moving(ref, args))
+    env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():
-        due = step % args.eval_every == 0
-        held_out = {} if not due else first if step == run.start else env.evaluate(policy)
-        run.start_clock()
+        held_out = env.begin(step, policy, ref)
 
         # ---- rollout: G answers to each of B prompts ----
         generator = step_generator(args.seed, step)
         answers = env.rollout(policy, generator)  # tokens (b, G, P + T), logp and mask (b, G, T)
 
         # ---- reward ----
-        reward = ranks.gather(env.reward(answers))  # (B, G)
+        answers, reward = techniques.rewarded(answers, env, policy, generator)  # (B, G), of all processes
+        earned = techniques.shaped(reward, answers, args)  # the same, but for a flag
         answers = answers.ungrouped()  # PPO compares no answers: from here on G is 1, and b counts answers
 
         # ---- old and reference log-probabilities ----
         with torch.no_grad():
-            logp_ref = env.score(ref, answers)[0]  # (b, G, T)
-            logp_old = answers.logp  # noted when the token was drawn; in float32 env.score agrees to 1e-5
-            if run.dtype != "fp32":
-                logp_old = env.score(policy, answers)[0]
+            logp_old = env.score(policy, answers)[0] if rescored else answers.logp  # (b, G, T)
+            logp_ref = env.score(ref, answers)[0]
             value_old = env.value(critic, answers)  # (b, G, T)
 
         # ---- advantage: what the value network did not expect ----
-        paid = reward.to(device).view(-1, 1)[answers.share]
-        earned = token_reward(paid, logp_old, logp_ref, answers.mask, args.beta)  # (b, G, T)
-        adv, returns = gae(earned, value_old, answers.mask, args.gamma, args.lam)
+        paid = earned.to(device).view(-1, 1)[answers.share]
+        paid = token_reward(paid, logp_old, logp_ref, answers.mask, args.beta)  # (b, G, T)
+        adv, returns = gae(paid, value_old, answers.mask, args.gamma, args.lam)
         adv_all = whiten(ranks.gather(adv), ranks.gather(answers.mask))  # (B, G, T)
-        adv = adv_all[answers.share]
+        adv, mask_all = techniques.weighted(adv_all[answers.share], answers, args, env, policy)  # (b, G, T)
 
         # ---- update: the parts' losses add up, since each is divided by the whole update's totals ----
         for _ in range(args.epochs_per_rollout):
-            for batch in torch.randperm(answers.total, generator=generator).chunk(args.minibatches):
-                n_tokens = ranks.count(answers.mask, batch, answers.share)
-                for rows in ranks.local(batch, answers.share, args.micro_batch):
+            for batch in minibatches(answers, mask_all, args, generator):
+                for rows in batch.parts:
                     logp, entropy = env.score(policy, answers, rows)
-                    mask = answers.mask[rows]
-                    weight = mask.sum() / n_tokens
+                    mask = mask_all[rows]
                     loss, stats = ppo_policy_loss(logp, logp_old[rows], adv[rows], mask, args.eps)
                     loss_v, stats_v = value_loss(env.value(critic, answers, rows), value_old[rows],
                                                  returns[rows], mask, args.value_clip)
-                    loss = (loss + loss_v) * weight  # they share no parameters: each has its own rate
+                    loss = (loss + loss_v) * (mask.sum() / batch.n_tokens)  # no shared weights: a rate each
+                    loss = loss - args.entropy_coef * entropy[mask].sum() / batch.n_tokens
                     loss.backward()
                     stats |= stats_v | token_stats(logp, logp_ref[rows], entropy, mask)
-                    run.add(stats, weight / updates)
+                    run.add(stats, mask.sum() / batch.n_scored / updates)
                     run.add({"loss": loss.detach()}, 1 / updates)
-                run.update(optimizer, policy, critic, grad_clip=args.grad_clip, weight=1 / updates)
+                run.update(optimizer, *trained.values(), grad_clip=args.grad_clip, weight=1 / updates)
 
         # ---- log ----
         explained = explained_variance(*map(ranks.gather, (value_old, returns, answers.mask)))

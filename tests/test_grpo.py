@@ -57,8 +57,11 @@ def by_hand(row):
     for b, g in ((0, 0), (0, 1), (1, 0), (1, 1)):
         R, other, n = REWARD[b][g], REWARD[b][1 - g], LENGTH[b][g]
         normed = (R - (R + other) / 2) / (abs(R - other) / math.sqrt(2) + 1e-4)  # unbiased std of two numbers
-        A = {"reinforce": R, "rloo": R - other, "dr_grpo": R - (R + other) / 2}.get(row, normed)
-        divisor = {"reinforce": 4, "rloo": 4, "dr_grpo": 4 * 3, "dapo": 9, "cispo": 9}.get(row, 4 * n)
+        mean, all_std = (R + other) / 2, math.sqrt(14 / 3) + 1e-4  # of 1, 0, 2 and 5, whose mean is 2
+        A = {"reinforce": R, "rloo": R - other, "dr_grpo": R - mean, "lite_ppo": (R - mean) / all_std,
+             "reinforce_pp": (R - 2) / all_std, "maxrl": (R - mean) / (mean + 1e-4)}.get(row, normed)
+        by_token = dict.fromkeys(["dapo", "cispo", "lite_ppo", "reinforce_pp", "maxrl"], 9)
+        divisor = (by_token | {"reinforce": 4, "rloo": 4, "luspo": 4, "dr_grpo": 4 * 3}).get(row, 4 * n)
         s = math.prod(RATIO[b][g][:n]) ** (1 / n)  # geometric mean of the answer's ratios
         for t in range(n):
             r, q, lp = RATIO[b][g][t], REF[b][g][t], LOGP[b][g][t]
@@ -72,8 +75,9 @@ def by_hand(row):
                 term, slope = -4 / tau * sigmoid * A, -4 * sigmoid * (1 - sigmoid) * r * A
             else:
                 # gspo: n equal terms, each with slope -s·A/n in every token, so -s·A once they are added up
-                r = s if row == "gspo" else r
-                low, high = {"gspo": (1 - 3e-4, 1 + 4e-4), "dapo": (0.8, 1.28)}.get(row, (0.8, 1.2))
+                r = s if row in ("gspo", "luspo") else r
+                low, high = {"gspo": (1 - 3e-4, 1 + 4e-4), "luspo": (1 - 2e-3, 1 + 2.5e-3),
+                             "dapo": (0.8, 1.28)}.get(row, (0.8, 1.2))
                 bounded = min(max(r, low), high)
                 term, slope = -min(r * A, bounded * A), (-r * A if r * A <= bounded * A else 0.0)
             surrogate += term / 9
@@ -85,7 +89,8 @@ def by_hand(row):
 
 
 LN3 = math.log(3)
-CLIPPED = {"grpo": 3, "dr_grpo": 3, "dapo": 2, "gspo": 2, "cispo": 1, "sapo": 0, "reinforce": 0, "rloo": 0}
+CLIPPED = {"grpo": 3, "dr_grpo": 3, "dapo": 2, "gspo": 2, "cispo": 1, "sapo": 0, "reinforce": 0, "rloo": 0,
+           "reinforce_pp": 2, "lite_ppo": 3, "luspo": 2, "maxrl": 3}
 
 
 @pytest.mark.parametrize("row", NAMES)

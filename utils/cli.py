@@ -112,7 +112,8 @@ def flag_groups(args_class, default):
     hints = typing.get_type_hints(args_class, include_extras=True)
     fields = {field.name for field in dataclasses.fields(args_class)}
     banner, members, helps = None, {}, {}
-    for line in inspect.getsource(args_class).splitlines():
+    parts_of_class = [part for part in args_class.__mro__ if dataclasses.is_dataclass(part)]
+    for line in "".join(map(inspect.getsource, parts_of_class)).splitlines():
         title, flag = re.match(r"\s+# ---- (.+?) ----", line), re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
         if title:
             banner = title[1]

@@ -101,8 +101,8 @@ def local(index, share, size=0):
 
 
 def count(mask, batch, share):
-    """How many tokens the rows `batch` of all processes hold; mask has this one's rows, the slice `share`."""
-    return sum(gather([sum(int(mask[rows].sum()) for rows in local(batch, share))]))
+    """Tokens in the rows `batch` of all processes, at least 1; mask has this one's rows, those of `share`."""
+    return max(1, sum(gather([sum(int(mask[rows].sum()) for rows in local(batch, share))])))
 
 
 def gather(x):

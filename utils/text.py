@@ -144,6 +144,12 @@ class Prompts:
                        [self.texts[i] for i in rows],
                        {k: [v[i] for i in rows] for k, v in self.columns.items()})
 
+    def joined(self, other):
+        """These rows, then the other's."""
+        pad = None if self.pad is None else torch.cat([self.pad, other.pad])
+        columns = {name: values + other.columns[name] for name, values in self.columns.items()}
+        return Prompts(torch.cat([self.tokens, other.tokens]), pad, self.texts + other.texts, columns)
+
 
 def load_prompts(source, data, tokenizer, prompt_len):
     """-> (train, held out) Prompts: the corpus's headings, or a user's JSONL (a tenth of it is held out)."""

@@ -1,0 +1,125 @@
+"""What surrounds GRPO's loss: later papers' techniques, each a flag of train_grpo.py that is off by default.
+
+docs/grpo.md says what each does, and which helped here. The loss itself is in grpo.py.
+Left out: replay of old answers, curricula. Run: python train_grpo.py --overlong penalty
+"""
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+
+from grpo import OBJECTIVES
+from utils import ranks
+from utils.cli import AtLeast, die
+
+
+@dataclass
+class Techniques:
+    # ---- around the loss: off by default ----
+    overlong: Literal["keep", "mask", "penalty"] = "keep"  # answers cut by --max_new: no loss, or less reward
+    overlong_tokens: Annotated[int, AtLeast(1)] = 16  # over so many last tokens the penalty grows from 0 to 1
+    entropy_coef: Annotated[float, AtLeast(0.0)] = 0.0  # weight of an entropy bonus
+    top_entropy: Annotated[float, AtLeast(1e-9)] = 1.0  # share of tokens, of highest entropy, that teach
+    tis_cap: Annotated[float, AtLeast(0.0)] = 0.0  # of weights for a sampler of other precision; 0: none
+    sync_ref_every: Annotated[int, AtLeast(0)] = 0  # steps after which π₀ becomes the policy; 0: never
+
+
+def pick_objective(args, updates=1):
+    """The table's row with --beta (None: its own) -> Objective, and the β of a KL in the reward.
+
+    ValueError where groups of this size, or so many updates a rollout, don't go with it.
+    """
+    name, G = args.objective, args.group_size
+    objective = OBJECTIVES[name] if args.beta is None else replace(OBJECTIVES[name], beta=args.beta)
+    if G < 2 and (objective.baseline, objective.scale) != ("none", "none"):
+        raise ValueError(f"--group_size {G}: {name} compares a prompt's answers, wanted at least 2")
+    if objective.ratio == "none" and updates > 1:
+        raise ValueError(f"--objective {name} has no ratio: {updates} updates a rollout would be off-policy, "
+                         "wanted 1 epoch and 1 minibatch")
+    if not args.kl_in_reward:
+        return objective, 0.0
+    if not objective.beta:
+        raise ValueError(f"--kl_in_reward with β 0 for {name}: wanted a --beta above 0")
+    return replace(objective, beta=0.0), objective.beta
+
+
+def moving(ref, args):
+    """What a checkpoint has to hold besides, where --sync_ref_every moves the reference."""
+    return {"ref": ref} if args.sync_ref_every else {}
+
+
+def rewarded(answers, env, policy, generator):
+    """Answers of this process's b groups -> the same, and the reward (B, G) of all processes' answers.
+
+    --dynamic_sampling N (DAPO, arXiv:2503.14476): fresh prompts replace groups of equal rewards, N times.
+    """
+    reward = ranks.gather(env.reward(answers))
+    for _ in range(getattr(env.args, "dynamic_sampling", 0)):
+        equal = (reward == reward[:, :1]).all(1)
+        if not equal.any():
+            break
+        rows = equal[answers.share].nonzero()[:, 0]
+        fresh = env.rollout(policy, generator, rows)
+        reward = reward.index_put((equal,), ranks.gather(env.reward(fresh)))
+        answers = answers.with_rows(rows, fresh)
+    return answers, reward
+
+
+def cut_off(answers, stops, max_new):
+    """Which answers --max_new cut before they came to a stop: (b, G) bool."""
+    ended = torch.zeros_like(answers.mask[:, :, 0])
+    for stop in stops:
+        tail = answers.tokens[:, :, -len(stop):]
+        ended |= (tail == tail.new_tensor(stop)).all(2)
+    return (answers.mask.sum(2) == max_new) & ~ended
+
+
+def shaped(reward, answers, args):
+    """The reward less the penalty of long answers, (B, G) -> (B, G).
+
+    --overlong penalty, DAPO eq. 13: 0 up to max_new - overlong_tokens tokens, then in equal steps up to 1.
+    """
+    if args.overlong == "penalty":
+        length = ranks.gather(answers.mask.sum(2)).cpu()
+        reward = reward - (1 + (length - args.max_new) / args.overlong_tokens).clamp(min=0)
+    if getattr(args, "objective", "") == "maxrl" and (reward < 0).any():
+        die(f"--objective maxrl divides by a group's mean reward, got {reward.min():.4g}: wanted rewards "
+            "of at least 0, such as a task's")
+    return reward
+
+
+def less_kl(reward, answers, logp_old, logp_ref, weight):
+    """R - β · Σ_t (logp_old - logp_ref), k1 summed over an answer (RLOO, arXiv:2402.14740); (B, G)."""
+    if not weight:
+        return reward
+    kl = torch.where(answers.mask, logp_old - logp_ref, 0.0).sum(2)
+    return reward - weight * ranks.gather(kl).cpu()
+
+
+def groups_with_gradient(adv, objective, args):
+    """(B, G) -> (B,) bool: a group whose advantages are all 0 has the gradient of KL and entropy alone."""
+    return ((adv != 0) | bool(objective.beta or args.entropy_coef)).any(1).cpu()
+
+
+def weighted(adv, answers, args, env, policy):
+    """An advantage and a mask for each token, (b, G, T) each; adv (b, G), one an answer, or (b, G, T).
+
+    --tis_cap C: times min(exp(logp - logp_sampler), C), where scoring and sampling differ in precision
+    (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+    --top_entropy ρ: 0 but at the ρ share of the step's tokens of highest entropy (arXiv:2506.01939).
+    --overlong mask: an answer that max_new cut has no token in the loss (DAPO's overlong filtering).
+    """
+    adv = adv if adv.dim() == 3 else adv[:, :, None].expand_as(answers.logp)
+    mask = answers.mask
+    if args.tis_cap or args.top_entropy < 1:
+        with torch.no_grad():
+            logp, entropy = env.score(policy, answers)
+    if args.tis_cap:
+        adv = adv * torch.exp(logp - answers.logp).clamp(max=args.tis_cap)
+    if args.top_entropy < 1:
+        every = ranks.gather(entropy[mask])
+        least = every.sort(descending=True).values[max(1, round(args.top_entropy * len(every))) - 1]
+        adv = adv.masked_fill(entropy < least, 0.0)
+    if args.overlong == "mask":
+        mask = mask & ~cut_off(answers, env.tokenizer.stops, env.T)[:, :, None]
+    return adv, mask
