@@ -13,7 +13,7 @@ import utils  # before torch: it sets how OpenMP's threads wait
 import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss, pick_objective
-from model import load_policy
+from policy import load_policy
 from rollout import COLUMNS, Environment
 from utils import checkpoint, ranks
 from utils.cli import AtLeast, parse, program, refusing
@@ -57,7 +57,8 @@ class Args:
     compile: bool = False  # decode and update; takes a minute first
     save_every: Annotated[int, AtLeast(1)] = 20  # steps
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update; sampling is float32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update
+    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: --dtype for Llama, else fp32
 
 
 def main(args):
@@ -96,7 +97,7 @@ def main(args):
         with torch.no_grad():
             logp_ref = env.score(ref, answers)[0]  # (b, G, T)
             logp_old = answers.logp  # noted when the token was drawn; in float32 env.score agrees to 1e-5
-            if updates > 1 and run.dtype != "fp32":
+            if updates > 1 and not env.exact:
                 logp_old = env.score(policy, answers)[0]
 
         # ---- update: the parts' losses add up, since each is divided by the whole update's totals ----

@@ -12,7 +12,7 @@ import utils  # before torch: it sets how OpenMP's threads wait
 
 import torch
 
-from model import load_policy
+from policy import load_policy
 from ppo import (VALUE_COLUMNS, ValueModel, explained_variance, gae, ppo_policy_loss, token_reward,
                  token_stats, value_loss, whiten)
 from rollout import COLUMNS, Environment
@@ -61,7 +61,8 @@ class Args:
     compile: bool = False  # decode and update; takes a minute first
     save_every: Annotated[int, AtLeast(1)] = 20  # steps
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update; sampling is float32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update
+    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: --dtype for Llama, else fp32
 
 
 def main(args):
@@ -99,7 +100,7 @@ def main(args):
         with torch.no_grad():
             logp_ref = env.score(ref, answers)[0]  # (b, G, T)
             logp_old = answers.logp  # noted when the token was drawn; in float32 env.score agrees to 1e-5
-            if run.dtype != "fp32":
+            if not env.exact:
                 logp_old = env.score(policy, answers)[0]
             value_old = env.value(critic, answers)  # (b, G, T)
 
