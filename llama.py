@@ -110,7 +110,7 @@ class Attention(nn.Module):
         N, T, _ = x.shape
         q, k, v = (proj(x).view(N, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (N, heads or kv heads, T, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = attention(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)
