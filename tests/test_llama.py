@@ -261,29 +261,34 @@ def test_a_gpt_exported_with_its_tokenizer_reads_and_stops_alike(name, tmp_path)
     policy.export_hf(tmp_path, tokenizer)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    prompt = "NURSE:\n\nROMEO:\nO, late"
+    prompt = "O, late"
     ids = torch.tensor([tokenizer.encode(prompt)])
-    assert fast(prompt)["input_ids"] == ids[0].tolist() and fast.decode(ids[0]) == prompt
+    assert fast(text)["input_ids"] == tokenizer.encode(text) and fast.decode(tokenizer.encode(text)) == text
     how = theirs.generation_config
     if name == "bpe":
         assert how.eos_token_id == tokenizer.stops[0][0] and fast.eos_token == "\n\n"
     else:
         assert how.eos_token_id is None and how.stop_strings == ["\n\n"]
-    lengths = []
-    for seed in range(6):
+    stopped = 0
+    for seed in range(100):
         torch.manual_seed(seed)
-        with torch.no_grad():  # all hidden states have a part in common, which the stop's logit answers to
-            policy.wte.weight.normal_()
-            policy.ln_f.bias.normal_()
-            policy.wte.weight[tokenizer.stops[0][0]] = 22 * policy.ln_f.bias / policy.ln_f.bias.square().sum()
-        theirs.load_state_dict({f"transformer.{k}": w.T if hf.transposed(k) else w for k, w in
-                                policy.state_dict().items()}, strict=False)
-        theirs.tie_weights()
+        with torch.no_grad():
+            policy.wte.weight.normal_(std=0.2)
+            policy.wpe.weight.normal_()
+        answer, stop = generate(policy, ids, 20, top_k=1)[0][0, ids.shape[1]:].tolist(), tokenizer.stops[0][0]
+        often = [a for a, b in zip(answer[3:], answer[4:]) if (name == "bpe" or a == b) and a not in ids]
+        if not often or stop in answer or stopped == 2:
+            continue
+        with torch.no_grad():  # what this random model says there becomes the stop: their rows change places
+            policy.wte.weight[[often[0], stop]] = policy.wte.weight[[stop, often[0]]]
+        policy.export_hf(tmp_path, tokenizer)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         tokens, _, mask = generate(policy, ids, 20, top_k=1, stop=tokenizer.stops)
         greedy = theirs.generate(ids, do_sample=False, max_new_tokens=20, tokenizer=fast)
         assert greedy[0].tolist() == tokens[0, :ids.shape[1] + mask.sum()].tolist()
-        lengths.append(int(mask.sum()))
-    assert min(lengths) < 20
+        assert mask.sum() < 20
+        stopped += 1
+    assert stopped == 2
 
 
 # ---- checkpoints and training ----
