@@ -9,13 +9,15 @@ import torch.nn.functional as F
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
-    """softmax(q·kᵀ/√d)·v of q (N, heads, T, d), k and v (N, heads, S, d) -> (N, heads, T, d).
+    """softmax(q·kᵀ/√d)·v of q (N, heads, T, d), k and v (N, kv heads, S, d) -> (N, heads, T, d).
 
-    mask (N or 1, 1, T, S) is True where a key is seen. None: causal.
+    mask (N or 1, 1, T, S) is True where a key is seen. None: causal. With fewer kv heads than heads, each
+    serves as many queries side by side (grouped-query attention, arXiv:2305.13245).
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return plain_attention(q, k, v, mask, dropout)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 
 @torch.autocast("cpu", enabled=False)  # it would copy what softmax reads into float32 and back
@@ -24,8 +26,10 @@ def plain_attention(q, k, v, mask, dropout):
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     hide = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    weights = ((q * q.shape[3] ** -0.5) @ k.transpose(2, 3)).add_(hide).softmax(-1)  # (N, heads, T, S)
-    return F.dropout(weights, dropout) @ v
+    (N, heads, T, d), kv_heads = q.shape, k.shape[1]
+    weights = (q * d ** -0.5).reshape(N, kv_heads, -1, d) @ k.transpose(2, 3)
+    weights = weights.view(N, heads, T, -1).add_(hide).softmax(-1)  # (N, heads, T, S)
+    return (F.dropout(weights, dropout).view(N, kv_heads, -1, k.shape[2]) @ v).view(N, heads, T, d)
 
 
 def causal_mask(position, n_keys, pad=None):
@@ -46,7 +50,7 @@ def places(T, pad, device):
 
 # ---- the KV cache ----
 class PromptCache:
-    """Keys and values of B prompts, a pair (B, heads, P, d) a layer. One pass over the prompts fills it."""
+    """Keys and values of B prompts, a pair (B, kv heads, P, d) a layer. One pass over the prompts fills it."""
     start = 0
 
     def __init__(self, pad=None):
@@ -65,7 +69,7 @@ class GroupCache:
     """What G answers to each of B prompts look back on: their prompt, held once, and their own tokens.
 
     size 0: the answers come whole, in one pass. Otherwise they come token by token, at most `size` of them.
-    Then they leave keys and values in `own`, a buffer (2, B, heads, G, size, d) a layer.
+    Then they leave keys and values in `own`, a buffer (2, B, kv heads, G, size, d) a layer.
     start: how many tokens stand before the next pass. A tensor keeps all shapes fixed, for --compile.
     """
 
@@ -97,18 +101,18 @@ class GroupCache:
     def decode(self, layer, q, k, v, mask):
         """Attention of new tokens (B·G, heads, T, d) to a prompt that their group holds once."""
         (prompt_k, prompt_v), own = self.prompt.pairs[layer], self.own[layer]
-        N, heads, T, d = q.shape
-        B, G, P = N // self.group_size, self.group_size, prompt_k.shape[2]
-        q, k, v = (x.view(B, G, heads, T, d).transpose(1, 2) for x in (q, k, v))  # (B, heads, G, T, d)
-        own[0][..., self.slots, :] = k
-        own[1][..., self.slots, :] = v
+        (N, heads, T, d), (B, kv_heads, P, _), G = q.shape, prompt_k.shape, self.group_size
+        q = (q * d ** -0.5).reshape(B, G, kv_heads, -1, d).transpose(1, 2)  # (B, kv heads, G, queries, d)
+        own[0][..., self.slots, :] = k.view(B, G, kv_heads, T, d).transpose(1, 2)
+        own[1][..., self.slots, :] = v.view(B, G, kv_heads, T, d).transpose(1, 2)
         end = self.slots.stop if isinstance(self.slots, slice) else None
         k, v = own[..., :end, :]
-        q = (q * d ** -0.5).reshape(B, heads, G * T, d)
-        to_prompt = (q @ prompt_k.transpose(2, 3)).view(B, heads, G, T, P)
-        weights = torch.cat([to_prompt, q.view(B, heads, G, T, d) @ k.transpose(3, 4)], -1)
-        if mask is not None:
-            weights = weights.masked_fill(~mask[:, :, None], -torch.inf)
-        weights = weights.softmax(-1)  # (B, heads, G, T, P + S)
-        y = (weights[..., P:] @ v).view(B, heads, G * T, d) + weights[..., :P].flatten(2, 3) @ prompt_v
-        return y.view(B, heads, G, T, d).transpose(1, 2).reshape(N, heads, T, d)
+        q_all = q.reshape(B, kv_heads, -1, d)
+        to_prompt = (q_all @ prompt_k.transpose(2, 3)).view(B, kv_heads, G, -1, P)
+        weights = torch.cat([to_prompt, q_all.view(q.shape) @ k.transpose(3, 4)], -1)
+        if mask is not None:  # a kv head's queries are those of T tokens for each head that it serves
+            by_head = weights.view(B, kv_heads, G, -1, T, weights.shape[-1])
+            weights = by_head.masked_fill(~mask[:, :, None, None], -torch.inf).flatten(3, 4)
+        weights = weights.softmax(-1)  # (B, kv heads, G, queries, P + S)
+        y = weights[..., P:] @ v + (weights[..., :P].flatten(2, 3) @ prompt_v).view(q.shape)
+        return y.transpose(1, 2).reshape(N, heads, T, d)

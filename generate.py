@@ -87,7 +87,9 @@ def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top
     mask = torch.zeros(N, max_new, dtype=torch.bool, device=device)
     alive = torch.ones(N, dtype=torch.bool, device=device)
     position = torch.arange(P + max_new, device=device) if fast_next_token else range(P + max_new)
-    step = fast_next_token or torch.inference_mode()(lambda *read: next_token(model, *read))
+    # inference mode is the quickest, but autocast would cast each weight again at each token in it
+    mode = torch.no_grad if torch.is_autocast_enabled(device.type) else torch.inference_mode
+    step = fast_next_token or mode()(lambda *read: next_token(model, *read))
     for t in range(max_new):
         how = uniforms[:, t], temperature, top_k, top_p
         if t == 0:

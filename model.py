@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from attention import attention, places
-from utils import checkpoint
 from utils.hf import load_gpt2, save_gpt2
-from utils.tokenizer import Tokenizer
 
 
 @dataclass
@@ -27,6 +25,9 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     dropout: float = 0.0
+
+    def build(self):
+        return GPT(self)
 
 
 SIZES = {  # name: (layers, heads, width); "nano" trains in minutes on a laptop, the last four are OpenAI's
@@ -130,13 +131,6 @@ class GPT(nn.Module):
         """GPT-2's weights: a folder in transformers' format, or a name ("gpt2") in the hub or its cache."""
         return load_gpt2(source, cls, GPTConfig)
 
-    def export_hf(self, folder):
-        """Writes the config.json and model.safetensors that transformers' GPT2LMHeadModel loads."""
-        save_gpt2(self, folder)
-
-
-def load_policy(path, device="cpu", made_by="python sft.py"):
-    """-> (GPT in eval mode, tokenizer). A script that wants dropout in training switches it on again."""
-    content = checkpoint.load(path, "policy", made_by)
-    model = checkpoint.build(path, content, lambda: GPT(GPTConfig(**content["config"])), made_by)
-    return model.to(device).eval(), Tokenizer(**content["tokenizer"])
+    def export_hf(self, folder, tokenizer=None):
+        """Writes what transformers' AutoModelForCausalLM and, given a tokenizer, AutoTokenizer load."""
+        save_gpt2(self, folder, tokenizer)

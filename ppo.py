@@ -9,7 +9,6 @@ import torch
 import torch.nn as nn
 
 from grpo import kl_penalty, masked_mean, promote
-from model import GPT
 
 VALUE_COLUMNS = ["explained_variance", "value_loss", "value_clip_frac"]
 
@@ -103,7 +102,7 @@ def explained_variance(value, returns, mask):
 
 
 class ValueModel(nn.Module):
-    """The critic: a GPT trunk of its own and a scalar head. tokens (N, T) -> V (N, T), float32.
+    """The critic: a trunk of its own, of the policy's architecture, and a scalar head. tokens (N, T) -> V (N, T), float32.
 
     V[:, t] has read tokens[:, :t + 1].
     """
@@ -111,7 +110,7 @@ class ValueModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.trunk = GPT(config)
+        self.trunk = config.build()
         self.head = nn.Linear(config.n_embd, 1)
         nn.init.zeros_(self.head.weight)  # V = 0 at the start: the first advantages are the returns
         nn.init.zeros_(self.head.bias)

@@ -1,20 +1,20 @@
 """What an answer earns: the score of a reward model, or what a function says.
 
-The reward model is a GPT with one scalar a token (InstructGPT, arXiv:2203.02155). reward_model.py trains it.
+The reward model is a policy's trunk with one scalar a token (InstructGPT, arXiv:2203.02155). reward_model.py trains it.
 Left out: ensembles of reward models.
 Run: python reward_model.py
 """
 import torch
 import torch.nn as nn
 
-from model import GPT, GPTConfig
+from policy import make_config
 from utils import checkpoint
 from utils.cli import die
 from utils.rewards import load_reward
 
 
 class RewardModel(nn.Module):
-    """A GPT trunk and one scalar a token, pooled over the answer's real tokens: the sum, or the last one's.
+    """A trunk and one scalar a token, pooled over the answer's real tokens: the sum, or the last one's.
 
     The scalar is head(hidden) + word[token]. π₀'s hidden states say what comes next, and hardly how a reader
     judges it. So each token also has a number of its own.
@@ -23,7 +23,7 @@ class RewardModel(nn.Module):
     def __init__(self, config, pool="sum"):
         super().__init__()
         self.config, self.pool = config, pool
-        self.trunk = GPT(config)
+        self.trunk = config.build()  # of the policy's own architecture
         self.head = nn.Linear(config.n_embd, 1)
         self.word = nn.Embedding(config.vocab_size, 1)
         for p in (self.head.weight, self.head.bias, self.word.weight):
@@ -46,7 +46,7 @@ def load_reward_model(path, device="cpu", made_by="python reward_model.py"):
     """-> (RewardModel in eval mode, the checkpoint's content)."""
     content = checkpoint.load(path, "reward", made_by)
     model = checkpoint.build(
-        path, content, lambda: RewardModel(GPTConfig(**content["config"]), content["pool"]), made_by)
+        path, content, lambda: RewardModel(make_config(content["config"]), content["pool"]), made_by)
     return model.to(device).eval(), content
 
 

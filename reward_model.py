@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from generate import generate
-from model import load_policy
+from policy import load_policy
 from reward import RewardModel
 from utils import checkpoint
 from utils.cli import AtLeast, at_least, atomic_write, die, parse, program
@@ -88,7 +88,7 @@ def sample_pairs(policy, tokenizer, prompts, n, args, seed):
     index = torch.cat([torch.randperm(len(prompts.texts), generator=generator)
                        for _ in range(-(-n // len(prompts.texts)))])[:n]
     drawn = prompts.pick(index)
-    parts = [generate(policy, part.to(policy.wte.weight.device), args.max_new, 2, stop=tokenizer.stops,
+    parts = [generate(policy, part.to(next(policy.parameters()).device), args.max_new, 2, stop=tokenizer.stops,
                              generator=generator) for part in drawn.tokens.split(256)]
     tokens = torch.cat([tokens for tokens, _, _ in parts]).cpu()
     mask = torch.cat([mask for _, _, mask in parts]).cpu()

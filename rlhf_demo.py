@@ -23,7 +23,7 @@ from rich.table import Table
 
 from generate import sample_texts
 from generate import score as score_answers
-from model import load_policy
+from policy import load_policy
 from reward import load_scorer
 from utils.cli import AtLeast, parse, resume_command
 from utils.device import pick_device

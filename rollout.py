@@ -11,11 +11,12 @@ import torch
 from answers import Answers
 from generate import generate, next_token, score
 from grpo import masked_mean
+from model import GPT
 from reward import load_scorer
 from techniques import cut_off
 from utils import ranks
 from utils.cli import die
-from utils.device import compiled
+from utils.device import compiled, pick_autocast
 from utils.log import SHARED
 from utils.rewards import JUDGES, distinct
 from utils.run import step_generator
@@ -43,14 +44,20 @@ class Environment:
         self.entropy_grad = args.entropy_coef > 0
         self.compiled = {}
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
+        dtype = args.sample_dtype
+        if dtype == "auto":
+            dtype = "fp32" if isinstance(policy, GPT) else run.dtype
+        self.sampling, _ = pick_autocast(self.device, dtype)
+        self.exact = {dtype, run.dtype} == {"fp32"}  # the sampler's log-probabilities are those of a re-score
 
     # ---- answers, and what they earn ----
     def sample(self, policy, prompts, group_size, uniforms, fast_next_token=None):
-        """Answers in float32: tokens (N, P + T), logp and mask (N, T), texts."""
+        """Answers: tokens (N, P + T), logp and mask (N, T), texts. Autocast casts the weights once for all."""
         pad = None if prompts.pad is None else prompts.pad.to(self.device)
-        tokens, logp, mask = generate(
-            policy, prompts.tokens.to(self.device), self.T, group_size, self.args.temperature, pad=pad,
-            stop=self.tokenizer.stops, uniforms=uniforms.to(self.device), fast_next_token=fast_next_token)
+        with self.sampling():
+            tokens, logp, mask = generate(
+                policy, prompts.tokens.to(self.device), self.T, group_size, self.args.temperature, pad=pad,
+                stop=self.tokenizer.stops, uniforms=uniforms.to(self.device), fast_next_token=fast_next_token)
         return tokens, logp, mask, completions(tokens[:, self.P:], mask, self.tokenizer)
 
     def rollout(self, policy, generator, rows=slice(None)):

@@ -13,7 +13,7 @@ import utils  # before torch: it sets how OpenMP's threads wait
 import torch
 
 from generate import generate
-from model import load_policy
+from policy import load_policy
 from utils.cli import AtLeast, die, parse
 from utils.device import pick_device
 from utils.text import completions

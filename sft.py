@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from generate import sample_texts
-from model import GPT, SIZES, GPTConfig, load_policy
+from model import GPT, SIZES, GPTConfig
+from policy import load_policy
 from utils import checkpoint, ranks
 from utils.cli import AtLeast, die, parse, program
 from utils.log import SHARED

@@ -15,7 +15,7 @@ import torch
 import techniques
 from answers import minibatches
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from model import load_policy
+from policy import load_policy
 from rollout import COLUMNS, Environment
 from utils import checkpoint, ranks
 from utils.cli import AtLeast, parse, program, refusing
@@ -61,7 +61,8 @@ class Args(techniques.Techniques):
     compile: bool = False  # decode and update; takes a minute first
     save_every: Annotated[int, AtLeast(1)] = 20  # steps
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update; sampling is float32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update
+    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: --dtype for Llama, else fp32
 
 
 def main(args):
@@ -73,12 +74,12 @@ def main(args):
     ranks.whole_parts(args.prompts_per_step, args.minibatches, "--minibatches")
     device = ranks.start(args.device)
     run = Run(args, COLUMNS, args.steps, device, program(), args.save_every, objective=objective)
-    rescored = (updates > 1 or kl_weight) and run.dtype != "fp32"  # fp32: the sampler agrees to 1e-5
     policy, tokenizer = load_policy(args.policy, device)
     ref = copy.deepcopy(policy).requires_grad_(False)
     policy.checkpointing = args.grad_checkpoint
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
     env = Environment(args, policy, tokenizer, run)
+    rescored = (updates > 1 or kl_weight) and not env.exact
     trained = {"model": policy}
     run.hold(checkpoint.about(policy, tokenizer), "policy", **trained, optimizer=optimizer,
              **techniques.moving(ref, args))

@@ -14,7 +14,7 @@ import torch
 
 import techniques
 from answers import minibatches
-from model import load_policy
+from policy import load_policy
 from ppo import (VALUE_COLUMNS, ValueModel, explained_variance, gae, ppo_policy_loss, token_reward,
                  token_stats, value_loss, whiten)
 from rollout import COLUMNS, Environment
@@ -63,7 +63,8 @@ class Args(techniques.Techniques):
     compile: bool = False  # decode and update; takes a minute first
     save_every: Annotated[int, AtLeast(1)] = 20  # steps
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update; sampling is float32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update
+    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: --dtype for Llama, else fp32
 
 
 def main(args):
@@ -72,7 +73,6 @@ def main(args):
     ranks.whole_parts(args.prompts_per_step * args.group_size, args.minibatches, "--minibatches")
     device = ranks.start(args.device)
     run = Run(args, COLUMNS + VALUE_COLUMNS, args.steps, device, program(), args.save_every)
-    rescored = run.dtype != "fp32"  # fp32: the sampler agrees to 1e-5
     policy, tokenizer = load_policy(args.policy, device)
     ref = copy.deepcopy(policy).requires_grad_(False)
     critic = ValueModel(policy.config).to(device).eval()
@@ -82,6 +82,7 @@ def main(args):
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
     optimizer.add_param_group({"params": critic.parameters(), "lr": args.value_lr})
     env = Environment(args, policy, tokenizer, run)
+    rescored = not env.exact
     trained = {"model": policy, "critic": critic}
     run.hold(checkpoint.about(policy, tokenizer), "policy", **trained, optimizer=optimizer,
              **techniques.moving(ref, args))

@@ -30,7 +30,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E40
 import rollout  # noqa: E402
 import train_grpo  # noqa: E402
 from grpo import OBJECTIVES  # noqa: E402
-from model import GPT, load_policy  # noqa: E402
+from model import GPT  # noqa: E402
+from policy import load_policy  # noqa: E402
 from utils import checkpoint  # noqa: E402
 from utils.rewards import JUDGES  # noqa: E402
 from utils.text import load_prompts  # noqa: E402

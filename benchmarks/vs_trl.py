@@ -34,7 +34,8 @@ from engines import side_by_side  # noqa: E402  (engines first: it puts the root
 
 import torch  # noqa: E402
 
-from model import GPT, GPTConfig, load_policy  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from policy import load_policy  # noqa: E402
 from train_grpo import Args as Defaults  # noqa: E402
 from utils import checkpoint  # noqa: E402
 from utils.cli import at_least, atomic_write, die, need, parse  # noqa: E402

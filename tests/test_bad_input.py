@@ -26,7 +26,8 @@ import sample
 import sft
 import train_grpo
 import train_ppo
-from model import GPT, GPTConfig, load_policy
+from model import GPT, GPTConfig
+from policy import load_policy
 from utils import checkpoint, text
 from utils.cli import atomic_write
 from utils.device import pick_device

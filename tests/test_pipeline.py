@@ -26,7 +26,7 @@ import sft
 import train_grpo
 import train_ppo
 from grpo import OBJECTIVES
-from model import load_policy
+from policy import load_policy
 from reward import RewardModel, load_reward_model, load_scorer
 from utils import checkpoint
 from utils.log import SHARED

@@ -118,9 +118,9 @@ def left_pad(rows):
 
 
 def completions(tokens, mask, tokenizer):
-    """The answers as text, without the blank line that ended them: tokens, mask (N, T) -> N strings."""
+    """The answers as text, without the stop that ended them: tokens, mask (N, T) -> N strings."""
     answers = [row[m].tolist() for row, m in zip(tokens.cpu(), mask.cpu())]
-    return [tokenizer.decode(answer).removesuffix("\n\n") for answer in answers]
+    return [tokenizer.decode(answer).removesuffix(tokenizer.stop_text) for answer in answers]
 
 
 # ---- prompts ----
@@ -158,7 +158,7 @@ def load_prompts(source, data, tokenizer, prompt_len):
         parts = [heading_prompts(part, tokenizer, prompt_len, name) for part in split(text)]
         return [Prompts(p, None, [tokenizer.decode(row) for row in p.tolist()], {}) for p in parts]
     rows = read_jsonl(source, ("prompt",), "--prompts")
-    tokens, pad = left_pad([tokenizer.encode(row["prompt"]) or [0] for row in rows])
+    tokens, pad = left_pad([tokenizer.encode_prompt(row["prompt"]) or [0] for row in rows])
     keys = [k for k in rows[0] if k != "prompt"]
     for key in {"prompts", "completions"} & set(keys):
         die(f"--prompts {source}: the key {key!r} is an argument of every reward function: rename it")

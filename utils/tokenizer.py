@@ -1,14 +1,16 @@
-"""Tokenizers: `bpe` trained here on the corpus, `char` (nanoGPT's Shakespeare), `gpt2` (tiktoken's).
+"""Tokenizers: `bpe` trained here on the corpus, `char` (nanoGPT's Shakespeare), `gpt2` (tiktoken's); a chat model's.
 
 In `bpe` the blank line that ends a speech is one reserved token, so that "stop" is an action like any other.
 Its merges are learned by byte-pair encoding (Sennrich et al., arXiv:1508.07909) and applied by tiktoken.
 """
+import json
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import regex
 import tiktoken
 
-from utils.cli import die
+from utils.cli import atomic_write, die, need
 
 BLANK_LINE = "\n\n"
 # merges stay within a piece: a newline stands alone, so that a heading ("ROMEO:\n") always ends at a token's
@@ -21,6 +23,7 @@ class Tokenizer:
 
     table: the characters of `char`; the tokens of `bpe` in rank order, bytes as latin-1 for the file's sake.
     """
+    stop_text = BLANK_LINE
 
     def __init__(self, name, table):
         self.name, self.table = name, table
@@ -49,8 +52,103 @@ class Tokenizer:
     def decode(self, ids):
         return self.encoding.decode(ids)
 
-    def state(self):  # Tokenizer(**state) is the same one
+    def prompt(self, text):  # a chat model's has a template
+        return text
+
+    def encode_prompt(self, text):
+        return self.encode(self.prompt(text))
+
+    def state(self):  # load_tokenizer(state) is the same one
         return {"name": self.name, "table": self.table}
+
+    def export(self, folder):
+        """Writes the files from which transformers' AutoTokenizer makes one of the same ids."""
+        made, eos = fast_tokenizer(self), None
+        if self.name == "bpe":
+            eos = BLANK_LINE
+        write_tokenizer(folder, made.to_str(), {"eos_token": eos, "pad_token": eos}, None)
+
+
+class ChatTokenizer:
+    """A pretrained model's own, with its chat template: the same fields, and plain values as its state.
+
+    source: the text of a tokenizer.json. special: bos_token and eos_token, as text or None.
+    """
+    stop_text = ""  # decode leaves it out
+
+    def __init__(self, name, source, stops, template, special):
+        self.name, self.source, self.template, self.special = name, source, template, special
+        self.stops = [tuple(stop) for stop in stops]
+        self.encoding = need("tokenizers", "llm").Tokenizer.from_str(source)
+        self.vocab_size = self.encoding.get_vocab_size()
+
+    def encode(self, text):
+        return self.encoding.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):  # without the stop and the other tokens that stand for no text
+        return self.encoding.decode(ids)
+
+    def prompt(self, text):
+        """What the model reads for a user's text: the chat template's turns, up to the answer's beginning."""
+        if self.template is None:
+            return text
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.template)
+        turn = {"role": "user", "content": text}
+        return template.render(messages=[turn], add_generation_prompt=True, **self.special)
+
+    def encode_prompt(self, text):
+        return self.encode(self.prompt(text))
+
+    def state(self):
+        return {"name": self.name, "source": self.source, "stops": self.stops, "template": self.template,
+                "special": self.special}
+
+    def export(self, folder):
+        write_tokenizer(folder, self.source, self.special | {"pad_token": self.special["eos_token"]}, self.template)
+
+
+def load_tokenizer(state):
+    return (ChatTokenizer if "source" in state else Tokenizer)(**state)
+
+
+def write_tokenizer(folder, source, special, template):
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= special | ({"chat_template": template} if template else {})
+    atomic_write(Path(folder) / "tokenizer.json", source.encode())
+    atomic_write(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2).encode())
+
+
+def fast_tokenizer(ours):
+    """The package tokenizers' twin of a Tokenizer."""
+    tokenizers = need("tokenizers", "hf")
+    models, split = tokenizers.models, tokenizers.pre_tokenizers
+    if ours.name == "char":
+        made = tokenizers.Tokenizer(models.WordLevel({token: i for i, token in enumerate(ours.table)}))
+        made.pre_tokenizer = split.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        made.decoder = tokenizers.decoders.Fuse()
+        return made
+    letters = printable_bytes()
+    ranks = {"".join(letters[byte] for byte in token): rank
+             for token, rank in ours.encoding._mergeable_ranks.items()}
+    # tiktoken joins any two neighbours whose union has a rank, the lowest rank first
+    cuts = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))]
+    merges = [cut for cut in cuts if cut[0] in ranks and cut[1] in ranks]
+    made = tokenizers.Tokenizer(models.BPE(ranks, merges, ignore_merges=True))
+    made.pre_tokenizer = split.Sequence([
+        split.Split(tokenizers.Regex(ours.encoding._pat_str), "isolated"),
+        split.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens([tokenizers.AddedToken(text, normalized=False)
+                             for text in ours.encoding._special_tokens])
+    return made
+
+
+def printable_bytes():
+    """A printable letter for each byte, GPT-2's custom: itself where it is printable, else one from 256 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def train_tokenizer(name, text, vocab_size=1024):
