@@ -46,6 +46,10 @@ class Tokenizer:
             die(f"the char tokenizer has never seen {unknown[:5]}: use its corpus's characters, or bpe")
         return self.encoding.encode(text, allowed_special={BLANK_LINE}, disallowed_special=())
 
+    def encode_prompt(self, prompt, short=None):
+        """A prompt as the policy reads it: a task's short form, where there is one."""
+        return self.encode(short or prompt)
+
     def decode(self, ids):
         return self.encoding.decode(ids)
 
