@@ -95,10 +95,10 @@ def gold_score(args, texts, prompts):
     return None if args.task else sum(JUDGES[args.gold](texts, prompts)) / len(texts)
 
 
-def held_out_scores(args, task, policy, tokenizer, prompts, texts):
-    """A task: share of prompts answered right greedily, and by one of 8 samples. Else the texts' gold score."""
+def quality(args, task, policy, tokenizer, prompts, texts):
+    """A task's accuracy (greedy) and pass@8 (is one of 8 samples right?). Else the gold score of `texts`."""
     if not task:
         return {"eval_gold": gold_score(args, texts, prompts.texts)}
-    greedy, eight = (task.ask(policy, tokenizer, prompts, args.max_new, n, args.temperature, args.seed)[1] >= 1
-                     for n in (1, 8))
+    how = policy, tokenizer, prompts, args.max_new
+    greedy, eight = (task.ask(*how, n, args.temperature, args.seed)[1] >= 1 for n in (1, 8))
     return {"eval_acc": greedy.float().mean(), "eval_pass8": eight.any(1).float().mean()}

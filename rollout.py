@@ -11,7 +11,7 @@ import torch
 
 from generate import generate, next_token, score
 from grpo import masked_mean
-from reward import gold_score, held_out_scores, load_questions, load_scorer
+from reward import gold_score, load_questions, load_scorer, quality
 from utils import ranks
 from utils.device import compiled
 from utils.log import SHARED
@@ -139,8 +139,7 @@ class Environment:
         uniforms = torch.rand(len(prompts.texts), self.T, generator=step_generator(args.seed, 10**6))
         tokens, _, mask, texts = self.sample(policy, prompts, 1, uniforms)
         reward = self.reward_of(tokens, mask, prompts, texts)
-        return {"eval_r": reward.mean(),
-                **held_out_scores(args, self.task, policy, self.tokenizer, prompts, texts)}
+        return {"eval_r": reward.mean(), **quality(args, self.task, policy, self.tokenizer, prompts, texts)}
 
     def conclude(self, policy):
         """The run's last line: what held-out answers are worth now, and where the files are."""

@@ -129,7 +129,8 @@ def main(args):
         prompts = Prompts(tokens, None, [tokenizer.decode(row) for row in tokens.tolist()], {})
     room = args.block_size - prompts.tokens.shape[1]
     if room < 1:
-        die(f"--block_size {args.block_size}: wanted more than the {prompts.tokens.shape[1]} tokens of a question")
+        die(f"--block_size {args.block_size}: wanted more than the longest question's "
+            f"{prompts.tokens.shape[1]} tokens")
     train, held_out = (torch.tensor(tokenizer.encode(part)) for part in parts)
     chars_per_token = [len(part) / len(ids) for part, ids in zip(parts, (train, held_out))]
     if len(held_out) < args.block_size + 2:

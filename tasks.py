@@ -23,11 +23,6 @@ from utils.rewards import checked, describe, from_file
 from utils.text import as_prompts
 
 
-def is_held_out(prompt):
-    """Which eighth of all questions is never trained on: by a hash that is the same everywhere."""
-    return hashlib.sha256(prompt.encode()).digest()[0] < 32
-
-
 @dataclass(frozen=True)
 class Task:
     sample: Callable  # random.Random -> row
@@ -44,11 +39,12 @@ class Task:
             except Exception as error:  # whatever the user's function raises is the user's to see
                 die(f"--task {self.name}: sample raised {describe(error)}: wanted a row, prompt and answer")
             misses += 1
-            if is_held_out(prompt) == held_out and prompt not in rows:
+            # an eighth of all questions, by a hash that is the same everywhere, is never trained on
+            eighth = hashlib.sha256(prompt.encode()).digest()[0] < 32
+            if eighth == held_out and prompt not in rows:
                 rows[prompt] = row
                 misses = 0
-        side = "held out" if held_out else "for training"
-        return list(rows.values()) or die(f"--task {self.name}: of 1,000 questions none is {side}")
+        return list(rows.values()) or die(f"--task {self.name}: sample makes too few different questions")
 
     def worked(self, rng):
         """A solved training question, for sft.py."""
@@ -58,9 +54,9 @@ class Task:
     def prompts(self, tokenizer, seed):
         """-> (training, held-out) Prompts: up to 4,096 from the seed; up to 256, the same for every seed."""
         train, held_out = self.rows(4096, seed, held_out=False), self.rows(256, 0, held_out=True)
-        every = as_prompts(train + held_out, lambda row: tokenizer.encode_prompt(row["prompt"], row.get("short")),
-                           f"--task {self.name}")
-        return [every.pick(part) for part in torch.arange(len(every.texts)).split([len(train), len(held_out)])]
+        every = as_prompts(train + held_out, tokenizer, f"--task {self.name}", short="short")
+        index = torch.arange(len(every.texts))
+        return every.pick(index[:len(train)]), every.pick(index[len(train):])
 
     def scores(self, completions, prompts, **columns):
         """The task as a reward function like all others: a number for each completion."""
@@ -104,9 +100,8 @@ def countdown(rng, size=3):
     if target.denominator > 1 or not 1 <= target <= 100:
         return countdown(rng, size)
     given = ",".join(map(str, rng.sample(numbers, size)))
-    return {"prompt": f"Make {target} from {given}. Use each number once, with + - * / and brackets. Answer "
-                      "with the expression only.", "short": f"{given}:{target}=", "answer": expression,
-            "numbers": numbers, "target": int(target)}
+    return {"prompt": f"Make {target} with + - * / and each of {given} once. Answer with the sum only.",
+            "short": f"{given}:{target}=", "answer": expression, "numbers": numbers, "target": int(target)}
 
 
 # ---- what is right ----
@@ -162,9 +157,8 @@ def load_task(name):
     """add, sort, reverse, countdown, with a size behind a colon if wanted (add:3); gym:NAME; FILE.py:TASK."""
     kind, _, size = name.partition(":")
     if kind in TASKS and re.fullmatch("[1-9]?", size):
-        task = TASKS[kind]
-        if size:
-            task = Task(lambda rng: TASKS[kind].sample(rng, int(size)), task.reward)
+        given = {"size": int(size)} if size else {}
+        task = replace(TASKS[kind], sample=lambda rng: TASKS[kind].sample(rng, **given))
     elif kind == "gym" and size:
         task = gym(size)
     elif re.search(r"\.py(:\w+)?$", name):

@@ -84,7 +84,8 @@ def checked(function, source, /, completions, prompts, **columns):
     try:
         values = [float(x) for x in scores]
     except (TypeError, ValueError):
-        die(f"{source} returned {type(scores).__name__}: wanted a list of {len(completions)} numbers")
+        die(f"{source} returned {type(scores).__name__} {str(scores)[:40]}: wanted a list of "
+            f"{len(completions)} numbers")
     if len(values) != len(completions):
         die(f"{source} returned {len(values)} numbers for {len(completions)} completions: wanted one each")
     for value, text in zip(values, completions):
