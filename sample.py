@@ -30,7 +30,7 @@ class Args:
     task: str = ""  # ask its held-out questions: add, sort, reverse, countdown, gym:NAME, FILE.py:TASK
     answers_out: str = ""  # with --task: a JSONL file of question, answer and verdict
     num_samples: Annotated[int, AtLeast(1)] = 5  # answers
-    max_new: Annotated[int, AtLeast(0)] = 0  # tokens of an answer; 0: what fits the context, or 64 with --task
+    max_new: Annotated[int, AtLeast(0)] = 0  # tokens of an answer; 0: what fits, with --task at most 64
     temperature: Annotated[float, AtLeast(1e-3)] = 0.8  # below 1: more of the likely tokens
     top_k: Annotated[int, AtLeast(0)] = 0  # draw from the k likeliest tokens; 0: from all; 1: no chance
     top_p: float = 1.0  # draw from the likeliest tokens that hold this share of the probability

@@ -100,7 +100,7 @@ def countdown(rng, size=3):
     if target.denominator > 1 or not 1 <= target <= 100:
         return countdown(rng, size)
     given = ",".join(map(str, rng.sample(numbers, size)))
-    return {"prompt": f"Make {target} with + - * / and each of {given} once. Answer with the sum only.",
+    return {"prompt": f"Make {target} of {given}, each used once, with + - * /. Answer with the formula only.",
             "short": f"{given}:{target}=", "answer": expression, "numbers": numbers, "target": int(target)}
 
 
@@ -128,7 +128,7 @@ def value(node):
 def hits_target(completion, row):
     """1 if the last line makes the target, 0.1 if it makes another value of the same numbers, else 0."""
     expression = completion.strip().rpartition("\n")[2].partition("=")[0].strip()
-    numbers = sorted(map(int, re.findall("[0-9]{1,9}", expression)))
+    numbers = sorted(map(int, re.findall("[0-9]{1,9}", expression[:100])))
     if not re.fullmatch("[0-9+*/() -]{1,100}", expression) or numbers != sorted(row["numbers"]):
         return 0.0  # what is parsed is short and holds only the given numbers: it takes no time
     try:
