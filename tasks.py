@@ -58,7 +58,7 @@ class Task:
         index = torch.arange(len(every.texts))
         return every.pick(index[:len(train)]), every.pick(index[len(train):])
 
-    def scores(self, completions, prompts, **columns):
+    def scores(self, /, completions, prompts, **columns):
         """The task as a reward function like all others: a number for each completion."""
         def rewards(completions, prompts, **columns):
             rows = [dict(zip(("prompt", *columns), row)) for row in zip(prompts, *columns.values())]

@@ -3,6 +3,7 @@ import functools
 import json
 import random
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import model
+import plot
 import reward
 import sample
 import sft
@@ -255,6 +257,26 @@ def test_answers_out(capsys):
     share = sum(right) / len(right)
     assert f"{share:.1%} ± {(share * (1 - share) / len(right)) ** 0.5:.1%} of {len(right)} held-out" in said
     assert said.count("What is") >= 2
+
+
+def test_the_page_of_your_own_task(folder):
+    """docs/tasks.md: its file has 20 lines, and its commands lead to a curve of accuracy."""
+    page = (ROOT / "docs/tasks.md").read_text(encoding="utf-8").partition("## Write your own")[2]
+    own = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    assert 15 <= len(own.splitlines()) <= 20
+    (folder / "my_task.py").write_text(own)
+    modules = {"sft.py": sft, "train_grpo.py": train_grpo, "plot.py": plot, "sample.py": sample}
+    lines = re.search(r"```bash\n(.*?)```", page, re.S)[1].replace("\\\n", "").splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        _, name, *words = shlex.split(line)
+        short = ["--steps", 10, "--eval_every", 3] if "--steps" in words else []
+        cli(modules[name], *words, *short)
+    assert "logs/mine.png" in files(folder)
+    accuracy = [float(row["eval_acc"]) for row in read_csv("logs/mine.csv")[1] if row["eval_acc"]]
+    assert len(accuracy) == 4
+    task = load_task("my_task.py")
+    assert [task.reward(text, {"answer": "31"}) for text in ("31", " 31\n", "13", "", "x")] == [1, 1, .1, 0, 0]
 
 
 # ---- bad input ----
