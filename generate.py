@@ -134,11 +134,11 @@ def score(model, tokens, prompt_len, temperature=1.0, pad=None, group_size=1, en
 
 
 @torch.no_grad()
-def sample_texts(model, tokenizer, prompts, max_new, temperature=1.0, seed=0, top_k=0):
-    """One answer to each prompt, in float32 -> (tokens, logp, mask, texts)."""
+def sample_texts(model, tokenizer, prompts, max_new, temperature=1.0, seed=0, top_k=0, group_size=1):
+    """G answers to each prompt, in float32 -> (tokens, logp, mask, texts)."""
     device = next(model.parameters()).device
     pad = None if prompts.pad is None else prompts.pad.to(device)
     generator = step_generator(seed, -1 % 1_000_003)  # just before the next seed's: no step of a run
-    tokens, logp, mask = generate(model, prompts.tokens.to(device), max_new, temperature=temperature,
-                                  top_k=top_k, stop=tokenizer.stops, generator=generator, pad=pad)
+    tokens, logp, mask = generate(model, prompts.tokens.to(device), max_new, group_size, temperature, top_k,
+                                  stop=tokenizer.stops, generator=generator, pad=pad)
     return tokens, logp, mask, completions(tokens[:, prompts.tokens.shape[1]:], mask, tokenizer)

@@ -1,4 +1,4 @@
-"""What an answer earns: the score of a reward model, or what a function says.
+"""What a run asks, and what an answer earns: a reward model's score, what a function says, a task's check.
 
 The reward model is a policy's trunk with one scalar a token (InstructGPT, arXiv:2203.02155). reward_model.py trains it.
 Left out: ensembles of reward models.
@@ -8,9 +8,11 @@ import torch
 import torch.nn as nn
 
 from policy import make_config
+from tasks import load_task
 from utils import checkpoint
 from utils.cli import die
-from utils.rewards import load_reward
+from utils.rewards import JUDGES, load_reward
+from utils.text import load_prompts
 
 
 class RewardModel(nn.Module):
@@ -50,10 +52,13 @@ def load_reward_model(path, device="cpu", made_by="python reward_model.py"):
     return model.to(device).eval(), content
 
 
-def load_scorer(reward, reward_model, policy_path, tokenizer, device):
-    """-> function (tokens (N, P+T), mask (N, T), prompts of N rows, texts) -> reward (N,) on the CPU."""
-    if reward != "model":
-        function = load_reward(reward)
+def load_scorer(reward, reward_model, policy_path, tokenizer, device, task=None):
+    """-> function (tokens (N, P+T), mask (N, T), prompts of N rows, texts) -> reward (N,) on the CPU.
+
+    A task brings a reward of its own in place of the reward model.
+    """
+    if reward != "model" or task:
+        function = task.scores if reward == "model" else load_reward(reward)
 
         def by_function(tokens, mask, prompts, texts):
             return torch.tensor(function(completions=texts, prompts=prompts.texts, **prompts.columns))
@@ -68,3 +73,32 @@ def load_scorer(reward, reward_model, policy_path, tokenizer, device):
                 f"of {model.config.block_size}")
         return model(tokens, mask, prompts.pad if prompts.pad is None else prompts.pad.to(device)).cpu()
     return by_model
+
+
+# ---- a run's questions, and how good held-out answers are ----
+def load_questions(args, tokenizer, block_size):
+    """-> (training Prompts, --eval_prompts held-out Prompts, the task or None) of a run's flags."""
+    if args.task and args.prompts:
+        die(f"--task {args.task} and --prompts {args.prompts} both say what is asked: give one of them")
+    task = load_task(args.task) if args.task else None
+    train, held_out = (task.prompts(tokenizer, args.seed) if task else
+                       load_prompts(args.prompts, args.data, tokenizer, args.prompt_len))
+    P = train.tokens.shape[1]
+    if P + args.max_new > block_size:
+        die(f"prompts of {P} tokens + --max_new {args.max_new} don't fit the policy's context of "
+            f"{block_size} tokens: shorten one, or train π₀ with a larger --block_size")
+    return train, held_out.pick(torch.arange(len(held_out.texts))[:args.eval_prompts]), task
+
+
+def gold_score(args, texts, prompts):
+    """The gold judge's mean score; None for a task, which has right answers instead."""
+    return None if args.task else sum(JUDGES[args.gold](texts, prompts)) / len(texts)
+
+
+def quality(args, task, policy, tokenizer, prompts, texts):
+    """A task's accuracy (greedy) and pass@8 (is one of 8 samples right?). Else the gold score of `texts`."""
+    if not task:
+        return {"eval_gold": gold_score(args, texts, prompts.texts)}
+    how = policy, tokenizer, prompts, args.max_new
+    greedy, eight = (task.ask(*how, n, args.temperature, args.seed)[1] >= 1 for n in (1, 8))
+    return {"eval_acc": greedy.float().mean(), "eval_pass8": eight.any(1).float().mean()}

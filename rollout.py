@@ -12,19 +12,18 @@ from answers import Answers
 from generate import generate, next_token, score
 from grpo import masked_mean
 from model import GPT
-from reward import load_scorer
+from reward import gold_score, load_questions, load_scorer, quality
 from techniques import cut_off
 from utils import ranks
-from utils.cli import die
 from utils.device import compiled, pick_autocast
 from utils.log import SHARED
-from utils.rewards import JUDGES, distinct
+from utils.rewards import distinct
 from utils.run import step_generator
-from utils.text import completions, load_prompts
+from utils.text import completions
 
 COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "frac_cut", "distinct", "ref_logp",
-           "clip_frac", "ratio_max", "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "tokens_per_s",
-           "peak_mem_mb"]
+           "clip_frac", "ratio_max", "grad_norm", "frac_zero_std", "eval_r", "eval_gold", "eval_acc",
+           "eval_pass8", "tokens_per_s", "peak_mem_mb"]
 
 
 class Environment:
@@ -33,12 +32,11 @@ class Environment:
     def __init__(self, args, policy, tokenizer, run):
         self.args, self.tokenizer, self.run, self.device = args, tokenizer, run, run.device
         self.share = ranks.share(args.prompts_per_step, "--prompts_per_step")  # this process's prompts
-        self.train, self.held_out = load_prompts(args.prompts, args.data, tokenizer, args.prompt_len)
+        self.train, self.held_out, self.task = load_questions(args, tokenizer, policy.config.block_size)
+        run.record["eval_n"] = len(self.held_out.texts)
         self.P, self.T = self.train.tokens.shape[1], args.max_new
-        if self.P + self.T > policy.config.block_size:
-            die(f"prompts of {self.P} tokens + --max_new {self.T} don't fit the policy's context of "
-                f"{policy.config.block_size} tokens: shorten one, or train π₀ with a larger --block_size")
-        self.reward_of = load_scorer(args.reward, args.reward_model, args.policy, tokenizer, self.device)
+        self.reward_of = load_scorer(args.reward, args.reward_model, args.policy, tokenizer, self.device,
+                                     self.task)
         share_prompt = getattr(args, "share_prompt", "no")  # PPO's answers stand alone
         self.share_prompt = share_prompt == "yes" or share_prompt == "auto" and 2 * self.P >= self.T
         self.entropy_grad = args.entropy_coef > 0
@@ -122,9 +120,9 @@ class Environment:
         self.drawn.zero_()
         cut = ranks.gather(cut_off(answers, self.tokenizer.stops, self.T)).float().mean()
         token_adv = adv.abs().mean() if adv.dim() == 2 else masked_mean(adv.abs(), mask)
-        gold = JUDGES[self.args.gold](texts, ranks.gather(answers.prompts.texts))
+        gold = gold_score(self.args, texts, ranks.gather(answers.prompts.texts))
         equal = (reward == reward[:, :1]).all(1).float().mean() if reward.shape[1] > 1 else None
-        return {"mean_r": reward.mean(), "token_adv": token_adv, "gold": sum(gold) / len(gold),
+        return {"mean_r": reward.mean(), "token_adv": token_adv, "gold": gold,
                 "length": mask.sum() / len(texts), "distinct": distinct(texts), "frac_zero_std": equal,
                 "frac_cut": cut, "samples": samples, "tokens": tokens}
 
@@ -138,16 +136,15 @@ class Environment:
         return held_out
 
     def evaluate(self, policy):
-        """Mean reward and gold score of an answer to each held-out prompt, always from the same draws."""
-        prompts = self.held_out.pick(torch.arange(len(self.held_out.texts))[:self.args.eval_prompts])
-        uniforms = torch.rand(len(prompts.texts), self.T, generator=step_generator(self.args.seed, 10**6))
+        """What an answer to each held-out prompt earns, always from the same draws, and how good it is."""
+        args, prompts = self.args, self.held_out
+        uniforms = torch.rand(len(prompts.texts), self.T, generator=step_generator(args.seed, 10**6))
         tokens, _, mask, texts = self.sample(policy, prompts, 1, uniforms)
-        gold = JUDGES[self.args.gold](texts, prompts.texts)
         reward = self.reward_of(tokens, mask, prompts, texts)
-        return {"eval_r": reward.mean(), "eval_gold": sum(gold) / len(gold)}
+        return {"eval_r": reward.mean(), **quality(args, self.task, policy, self.tokenizer, prompts, texts)}
 
     def conclude(self, policy):
-        """The run's last line: what held-out answers earn now, and where the files are."""
-        last, args, seconds = self.evaluate(policy), self.args, self.run.counts["seconds"]
-        print(f"{args.steps} steps, {seconds:.0f} s; held-out reward {last['eval_r']:.2f}, {args.gold} "
-              f"{last['eval_gold']:.2f}; wrote {args.log} and {args.out}/policy.pth")
+        """The run's last line: what held-out answers are worth now, and where the files are."""
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in self.evaluate(policy).items())
+        print(f"{self.args.steps} steps, {self.run.counts['seconds']:.0f} s; held out: {shown}; "
+              f"wrote {self.args.log} and {self.args.out}/policy.pth")

@@ -2,9 +2,12 @@
 
 Top-k and top-p (arXiv:1904.09751) are for this script and not for RL. In RL, an update may move a sampled
 token out of the kept set, and its log-probability would be -∞.
-Left out: chat templates, batches of different starts.
+With --task it asks a task's held-out questions instead, greedily, and says which answers are right.
+Left out: batches of different starts.
 Run: python sample.py --policy out/sft/policy.pth --start "ROMEO:\\n" --num_samples 5 --top_k 40 --seed 1
 """
+import json
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,7 +17,8 @@ import torch
 
 from generate import generate
 from policy import load_policy
-from utils.cli import AtLeast, die, parse
+from tasks import load_task
+from utils.cli import AtLeast, atomic_write, die, parse
 from utils.device import pick_device
 from utils.text import completions
 
@@ -23,8 +27,10 @@ from utils.text import completions
 class Args:
     policy: str = "out/sft/policy.pth"  # a text policy of this repository
     start: str = "\\n"  # the prompt; \n stands for a new line
+    task: str = ""  # ask its held-out questions: add, sort, reverse, countdown, gym:NAME, FILE.py:TASK
+    answers_out: str = ""  # with --task: a JSONL file of question, answer and verdict
     num_samples: Annotated[int, AtLeast(1)] = 5  # answers
-    max_new: Annotated[int, AtLeast(0)] = 0  # tokens of an answer; 0: as many as the context holds
+    max_new: Annotated[int, AtLeast(0)] = 0  # tokens of an answer; 0: what fits, with --task at most 64
     temperature: Annotated[float, AtLeast(1e-3)] = 0.8  # below 1: more of the likely tokens
     top_k: Annotated[int, AtLeast(0)] = 0  # draw from the k likeliest tokens; 0: from all; 1: no chance
     top_p: float = 1.0  # draw from the likeliest tokens that hold this share of the probability
@@ -33,11 +39,37 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or mps
 
 
+def examine(args, policy, tokenizer):
+    """Asks every held-out question of the task, and prints the accuracy with its standard error."""
+    task = load_task(args.task)
+    prompts = task.prompts(tokenizer, args.seed)[1]
+    room = policy.config.block_size - prompts.tokens.shape[1]
+    if room < max(1, args.max_new):
+        die(f"questions of {prompts.tokens.shape[1]} tokens + --max_new {args.max_new} don't fit the "
+            f"policy's context of {policy.config.block_size}")
+    texts, reward = task.ask(policy, tokenizer, prompts, args.max_new or min(room, 64))
+    verdicts = ["right" if r >= 1 else "wrong" for r in reward[:, 0]]
+    rows = [{"question": question, "answer": text, "verdict": verdict}
+            for question, text, verdict in zip(prompts.texts, texts, verdicts)]
+    if args.answers_out:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        atomic_write(args.answers_out, "".join(lines).encode())
+    for row in rows[:args.num_samples]:
+        print(f"{row['question']}\n{row['answer']}  ({row['verdict']})\n")
+    share = verdicts.count("right") / len(rows)
+    print(f"{share:.1%} ± {math.sqrt(share * (1 - share) / len(rows)):.1%} of {len(rows)} held-out questions "
+          "are answered right (greedy answers; mean ± standard error)")
+
+
 def main(args):
+    if args.answers_out and not args.task:
+        die(f"--answers_out {args.answers_out} holds verdicts: name a task with --task")
     if not 0 < args.top_p <= 1:
         die(f"--top_p {args.top_p}: wanted a share in (0, 1]")
     device = pick_device(args.device)
     policy, tokenizer = load_policy(args.policy, device)
+    if args.task:
+        return examine(args, policy, tokenizer)
     start = args.start.replace("\\n", "\n")
     ids = tokenizer.encode(start)
     room = policy.config.block_size - len(ids)

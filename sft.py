@@ -7,6 +7,7 @@ Left out: several documents, packing, gradient accumulation.
 Run: python sft.py (several processes: torchrun --nproc_per_node=2 sft.py)
 """
 import math
+import random
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from generate import sample_texts
 from model import GPT, SIZES, GPTConfig
 from policy import load_policy
+from tasks import load_task
 from utils import checkpoint, ranks
 from utils.cli import AtLeast, die, parse, program
 from utils.log import SHARED
@@ -43,7 +45,8 @@ class Args:
     dropout: Annotated[float, AtLeast(0.0)] = 0.0  # share of activations that are dropped
     seed: int = 0  # of weights, windows and dropout
     # ---- the task ----
-    data: str = "auto"  # auto, shakespeare, play, or a plain text file with speaker headings
+    data: str = "auto"  # auto, shakespeare, play, a plain text file with speaker headings, or task:NAME
+    worked: Annotated[int, AtLeast(100)] = 2000  # solved questions to learn from, of --data task:NAME
     tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # bpe and char are trained on the corpus
     vocab_size: int = 1024  # of bpe
     size: Literal[tuple(SIZES)] = "nano"  # layers, heads, width
@@ -73,6 +76,12 @@ def learning_rate(step, args):
         return args.lr * (step + 1) / args.warmup
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
     return args.min_lr + 0.5 * (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def worked_text(task, args):
+    """-> (--worked solved questions with a blank line, the stop, behind each; the source)."""
+    rng = random.Random(args.seed)
+    return "".join(f"{task.worked(rng)}\n\n" for _ in range(args.worked)), args.data
 
 
 def windows(ids, starts, block_size):
@@ -110,10 +119,19 @@ def main(args):
     device = ranks.start(args.device)
     share = ranks.share(args.batch_size, "--batch_size")  # this process's windows
     run = Run(args, COLUMNS, args.steps, device, program(), save_every=args.eval_every)
-    text, source = load_corpus(args.data)
+    task = load_task(args.data.removeprefix("task:")) if args.data.startswith("task:") else None
+    text, source = worked_text(task, args) if task else load_corpus(args.data)
     parts = split(text)
     tokenizer = train_tokenizer(args.tokenizer, text, args.vocab_size)
-    heading_prompts(parts[1], tokenizer, 8, source)  # no headings, no prompts later: say so before training
+    if task:
+        prompts = task.prompts(tokenizer, args.seed)[1]
+    else:  # no headings, no prompts later: said before training
+        tokens = heading_prompts(parts[1], tokenizer, min(32, args.block_size // 2), source)
+        prompts = Prompts(tokens, None, [tokenizer.decode(row) for row in tokens.tolist()], {})
+    room = args.block_size - prompts.tokens.shape[1]
+    if room < 1:
+        die(f"--block_size {args.block_size}: wanted more than the longest question's "
+            f"{prompts.tokens.shape[1]} tokens")
     train, held_out = (torch.tensor(tokenizer.encode(part)) for part in parts)
     chars_per_token = [len(part) / len(ids) for part, ids in zip(parts, (train, held_out))]
     if len(held_out) < args.block_size + 2:
@@ -170,13 +188,12 @@ def main(args):
 
     # ---- samples ----
     policy, tokenizer = load_policy(f"{args.out}/policy.pth", device)
-    prompt_len = min(32, args.block_size // 2)
-    tokens = heading_prompts(parts[1], tokenizer, prompt_len, source)
-    tokens = tokens[:: max(1, len(tokens) // 3)][:3]
-    prompts = Prompts(tokens, None, [tokenizer.decode(row) for row in tokens.tolist()], {})
-    answers = sample_texts(policy, tokenizer, prompts, args.block_size - prompt_len, seed=args.seed)[3]
-    for prompt, answer in zip(prompts.texts, answers):
+    shown = prompts.pick(torch.arange(0, len(prompts.texts), max(1, len(prompts.texts) // 3))[:3])
+    for prompt, answer in zip(shown.texts, sample_texts(policy, tokenizer, shown, room, seed=args.seed)[3]):
         print(f"\n{prompt.splitlines()[-1]}\n{answer}")
+    if task:
+        right = task.ask(policy, tokenizer, prompts, room)[1] >= 1
+        print(f"\n{right.float().mean():.0%} of {len(right)} held-out questions are answered right, greedily")
     best = run.counts["best"]
     print(f"\nbest held-out loss {best:.4f} nats a token, {best / chars_per_token[1]:.4f} a character, "
           f"{run.counts['seconds']:.0f} s; wrote {args.out}/policy.pth and {args.log}")

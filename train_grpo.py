@@ -40,7 +40,8 @@ class Args(techniques.Techniques):
     seed: int = 0  # of prompts and draws
     # ---- the task ----
     policy: str = "out/sft/policy.pth"  # π₀
-    reward: str = "model"  # model, sentiment, meter, or FILE.py:FUNCTION
+    task: str = ""  # questions with a right answer: add, sort, reverse, countdown, gym:NAME, FILE.py:TASK
+    reward: str = "model"  # model (with --task: the task's check), sentiment, meter, or FILE.py:FUNCTION
     reward_model: str = "out/reward/reward.pth"  # of --reward model
     gold: Literal[tuple(JUDGES)] = "sentiment"  # a fixed judge, measured beside the reward
     data: str = "auto"  # where prompts come from, as in sft.py

@@ -49,40 +49,48 @@ def load_reward(spec, known=("model", *JUDGES)):
     """The function that "sentiment", "meter" or "path/to/file.py:function" names; known: for the message."""
     if spec in JUDGES and spec in known:
         return JUDGES[spec]
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py"):
+    source = f"--reward {spec}"
+    if not spec.rpartition(":")[0].endswith(".py"):
         die(f"--reward {spec!r} is unknown: wanted {', '.join(known)} or FILE.py:FUNCTION")
+    function = from_file(spec, source, "function")
+    if not callable(function):
+        die(f"{source} is a {type(function).__name__}: wanted a function")
+    return functools.partial(checked, function, source)
+
+
+def from_file(spec, source, kind):
+    """What "path/to/file.py:NAME" names. source: how the user asked for it; kind: what it should be."""
+    path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
-        die(f"--reward {spec}: no file {path}")
-    spec_of_file = importlib.util.spec_from_file_location("user_reward", path)
+        die(f"{source}: no file {path}")
+    spec_of_file = importlib.util.spec_from_file_location(f"user_{kind}", path)
     module = importlib.util.module_from_spec(spec_of_file)
-    sys.modules["user_reward"] = module
+    sys.modules[f"user_{kind}"] = module
     try:
         spec_of_file.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises is the user's to see, with its place
-        die(f"--reward {spec}: {path} raised {describe(error)}")
-    function = getattr(module, name, None)
-    if not callable(function):
-        die(f"--reward {spec}: {path} has no function {name!r}")
-    return functools.partial(checked, function, spec)
+        die(f"{source}: {path} raised {describe(error)}")
+    if not hasattr(module, name):
+        die(f"{source}: {path} has no {kind} {name!r}")
+    return getattr(module, name)
 
 
-def checked(function, spec, /, completions, prompts, **columns):
+def checked(function, source, /, completions, prompts, **columns):
     """The scores as floats, one a completion, or a message that says what the function did instead."""
     try:
         scores = function(completions=completions, prompts=prompts, **columns)
     except Exception as error:
-        die(f"--reward {spec} raised {describe(error)}")
+        die(f"{source} raised {describe(error)}")
     try:
         values = [float(x) for x in scores]
     except (TypeError, ValueError):
-        die(f"--reward {spec} returned {type(scores).__name__}: wanted a list of {len(completions)} numbers")
+        die(f"{source} returned {type(scores).__name__} {str(scores)[:40]}: wanted a list of "
+            f"{len(completions)} numbers")
     if len(values) != len(completions):
-        die(f"--reward {spec} returned {len(values)} numbers for {len(completions)} completions: wanted one "
-            "each")
+        die(f"{source} returned {len(values)} numbers for {len(completions)} completions: wanted one each")
     for value, text in zip(values, completions):
         if not math.isfinite(value):
-            die(f"--reward {spec} returned {value} for {text[:40]!r}: wanted a finite number")
+            die(f"{source} returned {value} for {text[:40]!r}: wanted a finite number")
     return values
 
 

@@ -158,14 +158,22 @@ def load_prompts(source, data, tokenizer, prompt_len):
         parts = [heading_prompts(part, tokenizer, prompt_len, name) for part in split(text)]
         return [Prompts(p, None, [tokenizer.decode(row) for row in p.tolist()], {}) for p in parts]
     rows = read_jsonl(source, ("prompt",), "--prompts")
-    tokens, pad = left_pad([tokenizer.encode_prompt(row["prompt"]) or [0] for row in rows])
-    keys = [k for k in rows[0] if k != "prompt"]
-    for key in {"prompts", "completions"} & set(keys):
-        die(f"--prompts {source}: the key {key!r} is an argument of every reward function: rename it")
-    for number, row in enumerate(rows, 1):
-        if set(row) - {"prompt"} != set(keys):
-            die(f"--prompts {source}, row {number}: keys {sorted(row)} differ from the first row's")
-    every = Prompts(tokens, pad, [row["prompt"] for row in rows], {k: [row[k] for row in rows] for k in keys})
+    every = as_prompts(rows, tokenizer, f"--prompts {source}")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     held_out = max(1, len(rows) // 10)
     return every.pick(order[held_out:] if len(rows) > 1 else order), every.pick(order[:held_out])
+
+
+def as_prompts(rows, tokenizer, source, short=None):
+    """Dicts with a `prompt` and the same other keys -> Prompts. source: where they come from, for messages.
+
+    short: the key of a shorter form, which a policy without a chat template reads instead.
+    """
+    tokens, pad = left_pad([tokenizer.encode_prompt(row["prompt"], row.get(short)) or [0] for row in rows])
+    keys = [k for k in rows[0] if k != "prompt"]
+    for key in {"prompts", "completions"} & set(keys):
+        die(f"{source}: the key {key!r} is an argument of every reward function: rename it")
+    for number, row in enumerate(rows, 1):
+        if set(row) - {"prompt"} != set(keys):
+            die(f"{source}, row {number}: keys {sorted(row)} differ from the first row's")
+    return Prompts(tokens, pad, [row["prompt"] for row in rows], {k: [row[k] for row in rows] for k in keys})

@@ -49,14 +49,15 @@ class Tokenizer:
             die(f"the char tokenizer has never seen {unknown[:5]}: use its corpus's characters, or bpe")
         return self.encoding.encode(text, allowed_special={BLANK_LINE}, disallowed_special=())
 
+    def encode_prompt(self, prompt, short=None):
+        """A prompt as the policy reads it: a task's short form, where there is one."""
+        return self.encode(short or prompt)
+
     def decode(self, ids):
         return self.encoding.decode(ids)
 
     def prompt(self, text):  # a chat model's has a template
         return text
-
-    def encode_prompt(self, text):
-        return self.encode(self.prompt(text))
 
     def state(self):  # load_tokenizer(state) is the same one
         return {"name": self.name, "table": self.table}
@@ -97,7 +98,8 @@ class ChatTokenizer:
         turn = {"role": "user", "content": text}
         return template.render(messages=[turn], add_generation_prompt=True, **self.special)
 
-    def encode_prompt(self, text):
+    def encode_prompt(self, text, short=None):
+        """A prompt as the policy reads it: a chat model reads the long form, in its template."""
         return self.encode(self.prompt(text))
 
     def state(self):
