@@ -62,16 +62,28 @@ def next_token(model, token, cache, *how):
     return draw(model, model.hidden(token, cache=cache)[:, -1], *how)
 
 
+def ended(tokens, stop):
+    """Where one of the stop sequences ends in answers (N, T): bool (N, T)."""
+    result = torch.zeros_like(tokens, dtype=torch.bool)
+    for sequence in stop:
+        places = tokens.shape[1] - len(sequence) + 1  # at which it can begin
+        if places > 0:
+            same = [tokens[:, i:i + places] == token for i, token in enumerate(sequence)]
+            result[:, len(sequence) - 1:] |= torch.stack(same).all(0)
+    return result
+
+
 @torch.no_grad()
 def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top_p=1.0, stop=(),
-             generator=None, uniforms=None, pad=None, fast_next_token=None):
+             generator=None, uniforms=None, pad=None, fast_next_token=None, graph=None):
     """G answers to each of B prompts: (B, P) -> tokens (B·G, P + T), logp and mask (B·G, T); T = max_new.
 
     stop: token sequences that end an answer. They are part of it (mask is True), what follows is not.
     A token is drawn by inverse CDF: the first one whose cumulative probability exceeds a number of uniforms
     (B·G, T), which come from `generator` unless given. pad (B,): padding on the left of each prompt.
     logp is that of the distribution sampled from: temperature, then top_k, then top_p.
-    fast_next_token: `next_token`, compiled. ValueError where prompt and answer don't fit the context.
+    fast_next_token: `next_token`, compiled. graph: graph.py's, which decodes on a GPU.
+    ValueError where prompt and answer don't fit the context.
     """
     (B, P), device, N = prompt.shape, prompt.device, prompt.shape[0] * group_size
     if P + max_new > model.config.block_size:
@@ -79,34 +91,28 @@ def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top
                          f"{model.config.block_size} (block_size)")
     if uniforms is None:
         uniforms = torch.rand(N, max_new, generator=generator).to(device)
+    how = temperature, top_k, top_p
     prompt_cache = PromptCache(pad)
     hidden = model.hidden(prompt, cache=prompt_cache)[:, -1].repeat_interleave(group_size, 0)
-    cache = GroupCache(prompt_cache, group_size, max_new)
-    tokens = torch.cat([prompt.repeat_interleave(group_size, 0), prompt.new_zeros(N, max_new)], dim=1)
-    logp = torch.zeros(N, max_new, device=device)
-    mask = torch.zeros(N, max_new, dtype=torch.bool, device=device)
-    alive = torch.ones(N, dtype=torch.bool, device=device)
-    position = torch.arange(P + max_new, device=device) if fast_next_token else range(P + max_new)
-    # inference mode is the quickest, but autocast would cast each weight again at each token in it
-    mode = torch.no_grad if torch.is_autocast_enabled(device.type) else torch.inference_mode
-    step = fast_next_token or mode()(lambda *read: next_token(model, *read))
-    for t in range(max_new):
-        how = uniforms[:, t], temperature, top_k, top_p
-        if t == 0:
-            action, logp[:, t] = draw(model, hidden, *how)
-        else:
+    answer, logp = torch.zeros(N, max_new, dtype=torch.long, device=device), torch.zeros_like(uniforms)
+    answer[:, 0], logp[:, 0] = draw(model, hidden, uniforms[:, 0], *how)
+    if graph:
+        graph.decode(prompt_cache, group_size, answer, logp, uniforms, how, stop)
+    else:
+        cache = GroupCache(prompt_cache, group_size, max_new)
+        position = torch.arange(P + max_new, device=device) if fast_next_token else range(P + max_new)
+        # inference mode is the quickest, but autocast would cast each weight again at each token in it
+        mode = torch.no_grad if torch.is_autocast_enabled(device.type) else torch.inference_mode
+        step = fast_next_token or mode()(lambda *read: next_token(model, *read))
+        for t in range(1, max_new):
+            look = device.type == "cpu" or t % 8 == 0  # a GPU's answer has to be waited for
+            if stop and look and ended(answer[:, :t], stop).any(1).all():
+                break
             cache.start = position[P + t - 1]
-            action, logp[:, t] = step(tokens[:, P + t - 1:P + t], cache, *how)
-        tokens[:, P + t] = action
-        mask[:, t] = alive
-        for sequence in stop:
-            if t + 1 >= len(sequence):
-                tail = tokens[:, P + t + 1 - len(sequence):P + t + 1]
-                alive = alive & ~(tail == tail.new_tensor(sequence)).all(1)
-        look = device.type == "cpu" or t % 8 == 7  # a GPU's answer has to be waited for
-        if stop and look and not alive.any():
-            break
-    return tokens, logp * mask, mask
+            answer[:, t], logp[:, t] = step(answer[:, t - 1:t], cache, uniforms[:, t], *how)
+    stops = ended(answer, stop).long()
+    mask = stops.cumsum(1) - stops == 0  # no stop before it
+    return torch.cat([prompt.repeat_interleave(group_size, 0), answer], 1), logp * mask, mask
 
 
 def score(model, tokens, prompt_len, temperature=1.0, pad=None, group_size=1, entropy_grad=False):

@@ -10,6 +10,7 @@ import torch
 
 from answers import Answers
 from generate import generate, next_token, score
+from graph import DecodeGraph
 from grpo import masked_mean
 from model import GPT
 from reward import gold_score, load_questions, load_scorer, quality
@@ -42,20 +43,23 @@ class Environment:
         self.entropy_grad = args.entropy_coef > 0
         self.compiled = {}
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
-        dtype = args.sample_dtype
-        if dtype == "auto":
-            dtype = "fp32" if isinstance(policy, GPT) else run.dtype
+        on_gpu, dtype = self.device.type == "cuda", args.sample_dtype
+        if dtype == "auto":  # a nano GPT on a CPU is quicker in float32
+            dtype = "fp32" if isinstance(policy, GPT) and not on_gpu else run.dtype
         self.sampling, _ = pick_autocast(self.device, dtype)
+        self.graph = DecodeGraph(policy, dtype) if on_gpu else None
         self.exact = {dtype, run.dtype} == {"fp32"}  # the sampler's log-probabilities are those of a re-score
 
     # ---- answers, and what they earn ----
     def sample(self, policy, prompts, group_size, uniforms, fast_next_token=None):
         """Answers: tokens (N, P + T), logp and mask (N, T), texts. Autocast casts the weights once for all."""
         pad = None if prompts.pad is None else prompts.pad.to(self.device)
+        policy = self.graph.refreshed() if self.graph else policy
         with self.sampling():
             tokens, logp, mask = generate(
                 policy, prompts.tokens.to(self.device), self.T, group_size, self.args.temperature, pad=pad,
-                stop=self.tokenizer.stops, uniforms=uniforms.to(self.device), fast_next_token=fast_next_token)
+                stop=self.tokenizer.stops, uniforms=uniforms.to(self.device), fast_next_token=fast_next_token,
+                graph=self.graph)
         return tokens, logp, mask, completions(tokens[:, self.P:], mask, self.tokenizer)
 
     def rollout(self, policy, generator, rows=slice(None)):
@@ -63,7 +67,7 @@ class Environment:
         B, G = self.args.prompts_per_step, self.args.group_size
         index = self.train.draw(B, generator)[self.share][rows]
         uniforms = torch.rand(B, G, self.T, generator=generator)[self.share][rows].flatten(0, 1)
-        fast = self.fast(next_token, policy) if self.args.compile else None
+        fast = self.fast(next_token, policy) if self.args.compile and not self.graph else None
         prompts, repeated = (self.train.pick(index, n) for n in (1, G))
         tokens, logp, mask, texts = self.sample(policy, prompts, G, uniforms, fast)
         longest = self.T if fast else max(ranks.gather([int(mask.any(0).sum())]))
@@ -141,7 +145,8 @@ class Environment:
         uniforms = torch.rand(len(prompts.texts), self.T, generator=step_generator(args.seed, 10**6))
         tokens, _, mask, texts = self.sample(policy, prompts, 1, uniforms)
         reward = self.reward_of(tokens, mask, prompts, texts)
-        return {"eval_r": reward.mean(), **quality(args, self.task, policy, self.tokenizer, prompts, texts)}
+        with self.sampling():
+            return {"eval_r": reward.mean(), **quality(args, self.task, policy, self.tokenizer, prompts, texts)}
 
     def conclude(self, policy):
         """The run's last line: what held-out answers are worth now, and where the files are."""

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from utils.cli import atomic_write, need, writing
 from utils.device import rank
 
@@ -60,9 +62,11 @@ class Log:
 def add(sums, stats, weight=1.0):
     """Adds weight × stats to the dict sums; of names in _max it keeps the greatest."""
     for name, value in stats.items():
-        value = float(value)
-        greatest = name.endswith("_max")
-        sums[name] = max(sums.get(name, value), value) if greatest else sums.get(name, 0.0) + weight * value
+        value = torch.as_tensor(value).detach()  # a GPU's number stays there until it is written
+        if name.endswith("_max"):
+            sums[name] = torch.maximum(sums.get(name, value), value)
+        else:
+            sums[name] = sums.get(name, 0.0) + weight * value
 
 
 def open_tracker(track, path, record):

@@ -1,0 +1,67 @@
+"""The decode step with fixed buffers against the eager one; the captured graph itself where there is a GPU.
+
+Run: python -m pytest tests/test_graph.py (on a GPU: -m gpu)
+"""
+import pytest
+import torch
+
+from generate import ended, generate, score
+from graph import DecodeGraph
+from llama import Llama, LlamaConfig
+from model import GPT, GPTConfig
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[gpu, pytest.mark.gpu])]
+
+
+def make(kind):
+    torch.manual_seed(0)
+    if kind == "gpt":
+        return GPT(GPTConfig(50, 160, 2, 2, 32)).eval()
+    return Llama(LlamaConfig(50, 160, 2, 4, 2, 32, 64, 8)).eval()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_fixed_buffers_decode_as_the_eager_step_does(kind, padded, device):
+    """The same tokens, masks and log-probabilities over two lengths of the buffer; buffers are used twice."""
+    model = make(kind).to(device)
+    graph = DecodeGraph(model)
+    for seed in (1, 2):
+        g = torch.Generator().manual_seed(seed)
+        prompt = torch.randint(50, (3, 7), generator=g).to(device)
+        pad = torch.tensor([0, 2, 5], device=device) if padded else None
+        uniforms = torch.rand(12, 90, generator=g).to(device)
+        how = {"group_size": 4, "stop": [(3, 4), (7,)] if seed == 1 else [], "uniforms": uniforms, "pad": pad}
+        want, got = generate(model, prompt, 90, **how), generate(model, prompt, 90, **how, graph=graph)
+        assert torch.equal(want[2], got[2]) and torch.equal(want[0].cpu()[:, 7:][want[2].cpu()],
+                                                            got[0].cpu()[:, 7:][got[2].cpu()])
+        torch.testing.assert_close(want[1], got[1], rtol=1e-4, atol=1e-5)
+        for p in model.parameters():  # the next round samples from other weights
+            p.data += 0.02 * torch.randn(p.shape, generator=g).to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_half_precision_copy_follows_the_weights(device):
+    """Without refresh it would sample from old weights; what it notes is near a float32 score."""
+    model = make("gpt").to(device)
+    graph = DecodeGraph(model, "bf16")
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    prompt, g = torch.randint(50, (2, 7)).to(device), torch.Generator().manual_seed(0)
+    uniforms = torch.rand(8, 20, generator=g).to(device)
+    gaps = []
+    for sampler in (graph.sampler, graph.refreshed()):
+        tokens, logp, _ = generate(sampler, prompt, 20, 4, uniforms=uniforms, graph=graph)
+        with torch.no_grad():
+            gaps.append((score(model, tokens, 7, group_size=4)[0] - logp).abs().mean().item())
+    assert gaps[1] < 0.05 < 0.5 < gaps[0]
+
+
+def test_where_a_stop_ends():
+    tokens = torch.tensor([[1, 2, 1, 2, 3], [2, 2, 3, 1, 1], [5, 1, 1, 1, 2]])
+    assert ended(tokens, [(1, 2), (3,)]).tolist() == [[False, True, False, True, True],
+                                                      [False, False, True, False, False],
+                                                      [False, False, False, False, True]]
+    assert not ended(tokens[:, :1], [(1, 2)]).any() and not ended(tokens, []).any()
