@@ -63,6 +63,7 @@ def add(sums, stats, weight=1.0):
     """Adds weight × stats to the dict sums; of names in _max it keeps the greatest."""
     for name, value in stats.items():
         value = torch.as_tensor(value).detach()  # a GPU's number stays there until it is written
+        value = value if value.device.type == "mps" else value.double()
         if name.endswith("_max"):
             sums[name] = torch.maximum(sums.get(name, value), value)
         else:
