@@ -57,6 +57,7 @@ class Work:
     beta: float
     lr: float
     reward: str  # letter_share, or one of JUDGES
+    device: str = "cpu"
 
 
 # ---- what both begin with ----
@@ -169,7 +170,7 @@ def run_ours(folder, work, dtype, compiled=False, phases=False):
         objective=work.objective, policy=str(folder / "policy.pth"), prompts=str(folder / "prompts.jsonl"),
         reward=reward, prompts_per_step=work.prompts_per_step, group_size=work.group_size,
         prompt_len=work.prompt_len, max_new=work.max_new, beta=work.beta, lr=work.lr, grad_clip=1.0,
-        steps=work.steps, eval_every=NEVER, eval_prompts=1, save_every=NEVER, compile=compiled, device="cpu",
+        steps=work.steps, eval_every=NEVER, eval_prompts=1, save_every=NEVER, compile=compiled, device=work.device,
         dtype=dtype, seed=work.seed, log=str(out / "log.csv"), out=str(out))
     with phase_timers() if phases else contextlib.nullcontext() as spans:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -178,8 +179,8 @@ def run_ours(folder, work, dtype, compiled=False, phases=False):
         rows = list(csv.DictReader(file))
     result = {"seconds": differences([0.0, *(float(row["seconds"]) for row in rows)]), "wall": [],
               "rows": [{name: row[name] for name in CURVE} for row in rows]}
-    if reward != work.reward:  # loaded as user_reward; the first and the last call are of evaluations
-        result["wall"] = differences(sys.modules["user_reward"].TIMES[1:-1])
+    if reward != work.reward:  # loaded as user_function; the first and the last call are of evaluations
+        result["wall"] = differences(sys.modules["user_function"].TIMES[1:-1])
     if phases:
         result["spans"] = spans[1:-1]  # likewise
     return result
@@ -214,7 +215,7 @@ def run_trl(folder, work, dtype):
     objective, defaults = OBJECTIVES[work.objective], train_grpo.Args()
     learns = work.reward in JUDGES
     config = GRPOConfig(
-        tempfile.mkdtemp(dir=folder), use_cpu=True, bf16=dtype == "bf16", seed=work.seed,
+        tempfile.mkdtemp(dir=folder), use_cpu=work.device == "cpu", bf16=dtype == "bf16", seed=work.seed,
         max_steps=work.steps, per_device_train_batch_size=work.prompts_per_step * work.group_size,
         gradient_accumulation_steps=1, steps_per_generation=1, num_iterations=1,
         num_generations=work.group_size,

