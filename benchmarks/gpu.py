@@ -30,7 +30,7 @@ from generate import generate, score  # noqa: E402
 from graph import DecodeGraph  # noqa: E402
 from model import SIZES, GPT, GPTConfig  # noqa: E402
 from utils.cli import atomic_write, die, parse  # noqa: E402
-from utils.device import pick_autocast, write_run_record  # noqa: E402
+from utils.device import compiled, pick_autocast, write_run_record  # noqa: E402
 from utils.tokenizer import Tokenizer  # noqa: E402
 
 
@@ -105,6 +105,7 @@ def floor(args):
     (layers, heads, width), vocab = SIZES["nano" if args.tiny else "gpt2"], 65 if args.tiny else 50257
     B, G, P, T, large = (2, 2, 8, 8, 256) if args.tiny else (8, 8, 32, 256, 8192)
     model = GPT(GPTConfig(vocab, P + T, layers, heads, width)).to(device).eval()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as utils/device.py does
     a, b = (torch.randn(large, large, device=device, dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * large**3 / seconds_of(lambda: a @ b, 10, device)
     source = torch.empty(large * large * 4, device=device)
@@ -131,17 +132,23 @@ def floor(args):
     tokens = torch.randint(vocab, (N, P + T), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
-    def update():
+    def update(score=lambda tokens: score(model, tokens, P)[0]):
         with autocast():
-            logp = score(model, tokens, P)[0]
+            logp = score(tokens)
         (-logp.mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    seconds = seconds_of(update, 5, device)
     body = n - vocab * width
     work = 6 * body * N * (P + T - 1) + 6 * vocab * width * N * T + 6 * layers * width * N * (P + T) ** 2
-    yield "update, bf16", seconds * 1e3, "ms", f"{work / seconds / rate:.0%} of the matmul rate"
+    for name in ("eager", "compiled"):
+        clock, fast = time.perf_counter(), compiled(lambda tokens: score(model, tokens, P)[0], device)
+        function = update if name == "eager" else lambda fast=fast: update(fast)
+        function()
+        first = time.perf_counter() - clock
+        seconds = seconds_of(function, 5, device)
+        note = f"{work / seconds / rate:.0%} of the matmul rate; the first took {first:.0f} s"
+        yield f"update, bf16, {name}", seconds * 1e3, "ms", note
 
 
 # ---- whole runs ----
