@@ -18,7 +18,7 @@ from policy import load_policy
 from ppo import ValueModel
 from reward import RewardModel
 from utils import checkpoint, hf
-from utils.text import completions
+from utils.text import completions, left_pad
 from utils.tokenizer import load_tokenizer, train_tokenizer
 
 transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
@@ -424,14 +424,18 @@ def test_smollm2_answers_as_in_transformers():
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, gguf_file=file, dtype=torch.float32).eval()
     assert all(torch.equal(w, theirs.state_dict()[f"model.{name}"]) for name, w in policy.state_dict().items())
     fast = transformers.AutoTokenizer.from_pretrained(path, gguf_file=file)
-    for i in range(20):
-        question = f"What is {7 * i + 3} + {97 - 4 * i}? Answer with the number only."
-        ids = fast.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                       return_tensors="pt", return_dict=True)["input_ids"]
-        assert ids[0].tolist() == tokenizer.encode_prompt(question)
-        with torch.no_grad():
-            close(policy(ids), theirs(ids).logits, 2e-4)
-        tokens, _, mask = generate(policy, ids, 12, top_k=1, stop=tokenizer.stops)
-        greedy = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
-                                 pad_token_id=2, eos_token_id=2)
-        assert greedy[0].tolist() == tokens[0, :ids.shape[1] + mask.sum()].tolist()
+    questions = [f"What is {7 * i + 3} + {97 - 4 * i}? Answer with the number only." for i in range(20)]
+    chats = [fast.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
+                                      tokenize=False) for question in questions]
+    assert [tokenizer.encode_prompt(question) for question in questions] == fast(chats)["input_ids"]
+    tokens, pad = left_pad([tokenizer.encode_prompt(question) for question in questions])
+    seen = torch.arange(tokens.shape[1]) >= pad[:, None]
+    with torch.no_grad():
+        logits = theirs(tokens[:4], attention_mask=seen[:4].long(),
+                        position_ids=(seen[:4].cumsum(1) - 1).clamp(min=0)).logits
+        close(policy(tokens[:4], pad[:4])[seen[:4]], logits[seen[:4]])
+    answers, _, mask = generate(policy, tokens, 12, top_k=1, stop=tokenizer.stops, pad=pad)
+    greedy = theirs.generate(tokens, attention_mask=seen.long(), do_sample=False, max_new_tokens=12,
+                             pad_token_id=2, eos_token_id=2)
+    mine, other = (x[:, tokens.shape[1]:] for x in (answers, greedy))
+    assert torch.equal(torch.where(mask, mine, 2)[:, :other.shape[1]], other)
