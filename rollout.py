@@ -11,11 +11,11 @@ import torch
 from answers import Answers
 from generate import generate, next_token, score
 from grpo import masked_mean
-from model import GPT
+from policy import sampling
 from reward import gold_score, load_questions, load_scorer, quality
 from techniques import cut_off
 from utils import ranks
-from utils.device import compiled, pick_autocast
+from utils.device import compiled
 from utils.log import SHARED
 from utils.rewards import distinct
 from utils.run import step_generator
@@ -42,11 +42,7 @@ class Environment:
         self.entropy_grad = args.entropy_coef > 0
         self.compiled = {}
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
-        dtype = args.sample_dtype
-        if dtype == "auto":
-            dtype = "fp32" if isinstance(policy, GPT) else run.dtype
-        self.sampling, _ = pick_autocast(self.device, dtype)
-        self.exact = {dtype, run.dtype} == {"fp32"}  # the sampler's log-probabilities are those of a re-score
+        self.sampling, self.exact = sampling(policy, args.sample_dtype, run)
 
     # ---- answers, and what they earn ----
     def sample(self, policy, prompts, group_size, uniforms, fast_next_token=None):

@@ -3,18 +3,20 @@ import importlib.metadata
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import cli
+from helpers import cli, rl
 
 import sample
 import train_grpo
+import train_ppo
 from attention import GroupCache, PromptCache
 from generate import generate, score
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
-from policy import load_policy
+from policy import begin, load_policy, merged
 from ppo import ValueModel
 from reward import RewardModel
 from utils import checkpoint, hf
@@ -330,6 +332,55 @@ def test_a_pretrained_folder_trains_and_loads_without_it(folders, tmp_path):
     assert tokens.encode_prompt("What?") == tokenizer.encode_prompt("What?") and tokens.stops == tokenizer.stops
 
 
+# ---- LoRA ----
+def test_lora_learns_beside_an_untouched_base_which_is_the_reference(folders):
+    policy, tokenizer = load_policy(folders["qwen2"][1])
+    base, tokens = {name: w.clone() for name, w in policy.state_dict().items()}, tokens_of(2, 12)
+    before = policy(tokens)
+    args = SimpleNamespace(lora_r=4, lora_alpha=8.0, sync_ref_every=0, policy="somewhere")
+    ref, saved, about = begin(policy, tokenizer, args)
+    close(policy(tokens), before, 1e-6)  # B is 0 at the start
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
+    score(policy, tokens, 6)[0].sum().backward()
+    optimizer.step()
+    after = policy(tokens)
+    assert (after - before).abs().max() > 1e-2
+    close(ref.logits(ref.hidden(tokens)), before, 1e-6)
+    close(policy(tokens), after, 1e-6)  # the adapters are on again
+    held = {name.replace(".base_layer", ""): w for name, w in policy.state_dict().items() if "lora" not in name}
+    assert held.keys() == base.keys() and all(torch.equal(w, base[name]) for name, w in held.items())
+    weights = saved["model"].state_dict()
+    assert len(weights) == 3 * 7 * 2 and about["lora"] == {"r": 4, "alpha": 8.0}  # A and B of seven matrices a block
+    assert sum(w.numel() for w in weights.values()) == sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    w = policy.layers[1].mlp.up_proj
+    by_hand = w.base_layer.weight + 8.0 / 4 * w.lora_B["default"].weight @ w.lora_A["default"].weight
+    plain = merged(policy)
+    close(plain.layers[1].mlp.up_proj.weight, by_hand, 1e-6)
+    close(plain(tokens), after, 1e-4)
+    assert plain.state_dict().keys() == base.keys()
+
+
+@pytest.mark.parametrize("module", [train_grpo, train_ppo])
+def test_a_lora_run_saves_adapters_alone_resumes_and_exports_merged(module, folders, tmp_path):
+    words = ["--policy", folders["llama"][1], "--lora_r", 2, *write_task(tmp_path)]
+    cli(module, *words)
+    content = torch.load(tmp_path / "out/policy.pth", weights_only=True)
+    assert all("lora" in name for name in content["model"]) and content["base"] == str(folders["llama"][1])
+    policy, tokenizer = load_policy(tmp_path / "out/policy.pth")
+    base = load_policy(folders["llama"][1])[0]
+    assert policy.state_dict().keys() == base.state_dict().keys()
+    assert (policy.layers[0].mlp.up_proj.weight - base.layers[0].mlp.up_proj.weight).abs().max() > 1e-4
+    policy.export_hf(tmp_path / "hf", tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    close(theirs(tokens_of(2, 12)).logits, policy(tokens_of(2, 12)))
+    cli(module, *words, "--steps", 3, "--resume")
+    whole = ["--out", tmp_path / "whole", "--log", tmp_path / "whole.csv", "--steps", 3]
+    cli(module, *words, *whole)
+    resumed, straight = (torch.load(tmp_path / f"{name}/policy.pth", weights_only=True)["model"] for name in
+                         ("out", "whole"))
+    assert all(torch.equal(w, straight[name]) for name, w in resumed.items())
+
+
 # ---- what a user can get wrong ----
 @pytest.fixture
 def refused(capsys):
@@ -439,3 +490,9 @@ def test_smollm2_answers_as_in_transformers():
                              pad_token_id=2, eos_token_id=2)
     mine, other = (x[:, tokens.shape[1]:] for x in (answers, greedy))
     assert torch.equal(torch.where(mask, mine, 2)[:, :other.shape[1]], other)
+
+
+def test_lora_on_a_nano_gpt(refused, tmp_path):
+    refused(lambda: cli(train_grpo, *rl("--lora_r", 4, "--out", tmp_path / "o", "--log", tmp_path / "o.csv",
+                                        reward="share_of_e")), "--lora_r 4", "GPT", "smollm2")
+    assert not list(tmp_path.iterdir())
