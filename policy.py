@@ -1,6 +1,6 @@
 """Where a policy comes from: a checkpoint of ours, a folder in transformers' format, a hub name, or a .gguf.
 
-LoRA (arXiv:2106.09685) of the Llama family through peft: the base stays, a low-rank part of each matrix learns.
+LoRA (arXiv:2106.09685) of Llama's family, through peft: the base stays, a low-rank part beside it learns.
 Left out: other architectures than GPT-2's (model.py) and Llama's (llama.py), LoRA of several adapters.
 Run: python sample.py --policy smollm2 --start "What is 2 + 3?"
 """
@@ -23,7 +23,7 @@ SMOLLM2_MD5 = "a1231443440b107ff29f02bdb38c9d0a"
 
 
 def load_policy(source, device="cpu", made_by="python sft.py"):
-    """-> (GPT or Llama in eval mode, tokenizer). A script that wants dropout in training switches it on again.
+    """-> (GPT or Llama in eval mode, tokenizer). A script that wants dropout switches it on again.
 
     source: a checkpoint of ours, a folder in transformers' format, a name in the hub, a .gguf, or smollm2.
     """
@@ -48,7 +48,8 @@ def load_policy(source, device="cpu", made_by="python sft.py"):
         family = GPT if kind == "gpt2" else Llama
     model, tokenizer = family.from_pretrained(source), hf.read_tokenizer(source)
     if tokenizer.vocab_size > model.config.vocab_size:
-        die(f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, and its model {model.config.vocab_size}")
+        die(f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, and its model has "
+            f"{model.config.vocab_size}: wanted files that belong together")
     return model.to(device).eval(), tokenizer
 
 
@@ -72,7 +73,7 @@ def smollm2():
 
 
 def sampling(policy, dtype, run):
-    """-> (the context in which a policy is sampled, and whether its log-probabilities are those of a re-score).
+    """-> (the context in which a policy is sampled; whether its log-probabilities are those of a re-score).
 
     auto: float32 for the small GPT, and the run's precision for Llama.
     """
@@ -118,9 +119,9 @@ def add_lora(policy, how):
     """Every matrix W of the blocks becomes W + (alpha / r)·B·A, in place; only A and B learn."""
     peft = need("peft", "llm")
     if not isinstance(policy, Llama):
-        die(f"--lora_r {how['r']}: LoRA is for the Llama family, and this policy is a GPT, small enough to be trained "
-            "whole. Drop --lora_r, or name another --policy, such as smollm2.")
-    names = sorted({name.split(".")[-1] for name, module in policy.layers.named_modules() if name.endswith("_proj")})
+        die(f"--lora_r {how['r']}: LoRA is for Llama's family, and this policy is a GPT, small enough to be "
+            "trained whole. Drop --lora_r, or name another --policy, such as smollm2.")
+    names = [name for name, _ in policy.named_modules() if name.endswith("_proj")]
     config = peft.LoraConfig(r=how["r"], lora_alpha=how["alpha"], target_modules=names)
     peft.inject_adapter_in_model(config, policy)
 

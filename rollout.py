@@ -46,7 +46,7 @@ class Environment:
 
     # ---- answers, and what they earn ----
     def sample(self, policy, prompts, group_size, uniforms, fast_next_token=None):
-        """Answers: tokens (N, P + T), logp and mask (N, T), texts. Autocast casts the weights once for all."""
+        """Answers: tokens (N, P + T), logp and mask (N, T), texts. Autocast casts each weight once."""
         pad = None if prompts.pad is None else prompts.pad.to(self.device)
         with self.sampling():
             tokens, logp, mask = generate(

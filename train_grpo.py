@@ -32,7 +32,7 @@ class Args(techniques.Techniques):
     kl_in_reward: bool = False  # β·KL is taken from the reward, not added to the loss
     dynamic_sampling: Annotated[int, AtLeast(0)] = 0  # rounds in which groups of equal rewards are drawn anew
     lr: Annotated[float, AtLeast(0.0)] = 1.5e-4  # learning rate of AdamW
-    lora_r: Annotated[int, AtLeast(0)] = 0  # rank of LoRA's adapters, for Llama's family; 0: all weights learn
+    lora_r: Annotated[int, AtLeast(0)] = 0  # rank of LoRA, for Llama's family; 0: all weights learn
     lora_alpha: float = 32.0  # LoRA's scale is this over the rank
     steps: Annotated[int, AtLeast(1)] = 60  # rollouts
     epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers

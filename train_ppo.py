@@ -30,7 +30,7 @@ class Args(techniques.Techniques):
     group_size: Annotated[int, AtLeast(1)] = 8  # G, answers to each prompt
     beta: Annotated[float, AtLeast(0.0)] = 0.05  # weight of the KL penalty in the reward
     lr: Annotated[float, AtLeast(0.0)] = 5e-5  # learning rate of AdamW
-    lora_r: Annotated[int, AtLeast(0)] = 0  # rank of LoRA's adapters, for Llama's family; 0: all weights learn
+    lora_r: Annotated[int, AtLeast(0)] = 0  # rank of LoRA, for Llama's family; 0: all weights learn
     lora_alpha: float = 32.0  # LoRA's scale is this over the rank
     value_lr: Annotated[float, AtLeast(0.0)] = 1e-3  # the critic's
     eps: float = 0.2  # the policy's clip
