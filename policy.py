@@ -42,9 +42,9 @@ def load_policy(source, device="cpu", made_by="python sft.py"):
         return model.to(device).eval(), load_tokenizer(content["tokenizer"])
     family = Llama
     if not source.endswith(".gguf"):
-        folder = hf.find(source)
-        with hf.readable(folder):
-            kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        source = str(hf.find(source))
+        with hf.readable(source):
+            kind = json.loads(Path(source, "config.json").read_text(encoding="utf-8"))["model_type"]
         family = GPT if kind == "gpt2" else Llama
     model, tokenizer = family.from_pretrained(source), hf.read_tokenizer(source)
     if tokenizer.vocab_size > model.config.vocab_size:
