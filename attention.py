@@ -50,7 +50,7 @@ def places(T, pad, device):
 
 # ---- the KV cache ----
 class PromptCache:
-    """Keys and values of B prompts, a pair (B, kv heads, P, d) a layer. One pass over the prompts fills it."""
+    """Keys and values of B prompts, a pair (B, kv heads, P, d) a layer. One pass over them fills it."""
     start = 0
 
     def __init__(self, pad=None):

@@ -140,13 +140,16 @@ def score(model, tokens, prompt_len, temperature=1.0, pad=None, group_size=1, en
         cache = GroupCache(prompt_cache, group_size)
         rest = model.hidden(tokens[:, prompt_len:-1], cache=cache)
         hidden = torch.cat([first.repeat_interleave(group_size, 0), rest], 1)
-    logits = model.logits(hidden).float() / temperature  # (N, T, V)
+    logits = model.logits(hidden).float()  # (N, T, V), the largest tensor of an update
+    logits = logits if temperature == 1 else logits / temperature
     logp = -F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_len:].flatten(), reduction="none")
     if entropy_grad:  # entr's own gradient is infinite at probability 0
         every = logits.log_softmax(-1)
         return logp.view(every.shape[:2]), -(every.exp() * every).sum(-1)
     with torch.no_grad():
-        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+        chosen = logits.gather(2, tokens[:, prompt_len:, None])[:, :, 0]
+        # -Σ p·log p = log Σ exp(logit) - Σ p·logit, and the chosen token knows the first term
+        entropy = chosen - logp.view_as(chosen) - logits.softmax(-1).mul_(logits).sum(-1)
     return logp.view_as(entropy), entropy
 
 

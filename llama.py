@@ -1,7 +1,7 @@
 """Llama's family (Touvron et al. 2023, arXiv:2302.13971): Llama, SmolLM2, Qwen2 and Qwen3.
 
-Against model.py's GPT-2: RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention
-(arXiv:2305.13245) and SwiGLU (arXiv:2002.05202). Qwen2 adds biases to q, k and v, and Qwen3 normalises q and k.
+Against model.py's GPT-2: RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query
+attention (arXiv:2305.13245), SwiGLU (arXiv:2002.05202). Qwen2 has biases at q, k, v; Qwen3 norms q and k.
 Module names are those of transformers' LlamaForCausalLM, so weights pass both ways.
 Left out: mixtures of experts, sliding windows, rotary scalings other than Llama 3's.
 Run: python sample.py --policy smollm2 --start "What is 2 + 3?"
@@ -51,7 +51,7 @@ class LlamaConfig:
     def from_hf(cls, c, source):
         """transformers' config.json, of any age, as ours. A message where it asks for what isn't here."""
         if c.get("model_type") not in CLASSES:
-            die(f"{source} is of the architecture {c.get('model_type')!r}: wanted {', '.join(CLASSES)} or gpt2")
+            die(f"{source} has the architecture {c.get('model_type')!r}: wanted {', '.join(CLASSES)} or gpt2")
         rope = {"rope_theta": c.get("rope_theta", 10000.0)} | (c.get("rope_scaling") or {})
         rope |= c.get("rope_parameters") or {}
         rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
@@ -76,7 +76,7 @@ def frequencies(config, device):
     """By how much each pair of a head's dimensions turns from one position to the next: (head_dim / 2,)."""
     rope = config.rope or {"rope_theta": 10000.0, "rope_type": "default"}
     turn = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
-    if rope["rope_type"] == "llama3":  # slow turns are slowed further, quick ones stay, those between are mixed
+    if rope["rope_type"] == "llama3":  # slow turns are slowed, quick ones stay, between them both are mixed
         turns = turn * rope["original_max_position_embeddings"] / (2 * math.pi)  # within the old context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -183,7 +183,7 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """A folder in transformers' format, a hub name, or a .gguf file -> the model in eval mode, in float32."""
+        """A folder in transformers' format, a hub name, or a .gguf -> the model in eval mode, in float32."""
         c, weights = hf.read(source)
         with hf.readable(source):
             with torch.device("meta"):  # no time and no memory for weights that are replaced

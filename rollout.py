@@ -12,11 +12,11 @@ from answers import Answers
 from generate import generate, next_token, score
 from graph import DecodeGraph
 from grpo import masked_mean
-from model import GPT
+from policy import sampling
 from reward import gold_score, load_questions, load_scorer, quality
 from techniques import cut_off
 from utils import ranks
-from utils.device import compiled, pick_autocast
+from utils.device import compiled
 from utils.log import SHARED
 from utils.rewards import distinct
 from utils.run import step_generator
@@ -43,16 +43,12 @@ class Environment:
         self.entropy_grad = args.entropy_coef > 0
         self.compiled = {}
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
-        on_gpu, dtype = self.device.type == "cuda", args.sample_dtype
-        if dtype == "auto":  # a nano GPT on a CPU is quicker in float32
-            dtype = "fp32" if isinstance(policy, GPT) and not on_gpu else run.dtype
-        self.sampling, _ = pick_autocast(self.device, dtype)
-        self.graph = DecodeGraph(policy, dtype) if on_gpu else None
-        self.exact = {dtype, run.dtype} == {"fp32"}  # the sampler's log-probabilities are those of a re-score
+        self.sampling, self.exact, dtype = sampling(policy, args.sample_dtype, run)
+        self.graph = DecodeGraph(policy, dtype) if self.device.type == "cuda" else None
 
     # ---- answers, and what they earn ----
     def sample(self, policy, prompts, group_size, uniforms, fast_next_token=None):
-        """Answers: tokens (N, P + T), logp and mask (N, T), texts. Autocast casts the weights once for all."""
+        """Answers: tokens (N, P + T), logp and mask (N, T), texts. Autocast casts each weight once."""
         pad = None if prompts.pad is None else prompts.pad.to(self.device)
         policy = self.graph.refreshed() if self.graph else policy
         with self.sampling():

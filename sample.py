@@ -30,7 +30,7 @@ class Args:
     task: str = ""  # ask its held-out questions: add, sort, reverse, countdown, gym:NAME, FILE.py:TASK
     answers_out: str = ""  # with --task: a JSONL file of question, answer and verdict
     num_samples: Annotated[int, AtLeast(1)] = 5  # answers
-    max_new: Annotated[int, AtLeast(0)] = 0  # tokens of an answer; 0: what fits, with --task at most 64
+    max_new: Annotated[int, AtLeast(0)] = 0  # tokens of an answer; 0: what fits, at most 512, with --task 64
     temperature: Annotated[float, AtLeast(1e-3)] = 0.8  # below 1: more of the likely tokens
     top_k: Annotated[int, AtLeast(0)] = 0  # draw from the k likeliest tokens; 0: from all; 1: no chance
     top_p: float = 1.0  # draw from the likeliest tokens that hold this share of the probability
@@ -71,17 +71,18 @@ def main(args):
     if args.task:
         return examine(args, policy, tokenizer)
     start = args.start.replace("\\n", "\n")
-    ids = tokenizer.encode(start)
+    ids = tokenizer.encode_prompt(start)
     room = policy.config.block_size - len(ids)
     if not ids or room < max(1, args.max_new):
         die(f"--start of {len(ids)} tokens + --max_new {args.max_new}: wanted at least one token, such as "
             f"'ROMEO:\\n', and no more than the context of {policy.config.block_size}")
     generator = torch.Generator().manual_seed(args.seed)
-    tokens, _, mask = generate(policy, torch.tensor([ids], device=device), args.max_new or room,
+    tokens, _, mask = generate(policy, torch.tensor([ids], device=device), args.max_new or min(room, 512),
                                       args.num_samples, args.temperature, args.top_k, args.top_p,
                                       tokenizer.stops if args.stop else (), generator)
     texts = completions(tokens[:, len(ids):], mask, tokenizer)
-    print("\n---\n".join(start + text for text in texts))
+    between = "" if tokenizer.prompt(start) == start else "\n"  # a chat model's answer is a turn of its own
+    print("\n---\n".join(start + between + text for text in texts))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 What surrounds the loss, each a flag that is off by default, is in techniques.py.
 Run: python train_grpo.py (several processes: torchrun --nproc_per_node=2 train_grpo.py)
 """
-import copy
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -15,9 +14,9 @@ import torch
 import techniques
 from answers import minibatches
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from policy import load_policy
+from policy import begin, load_policy
 from rollout import COLUMNS, Environment
-from utils import checkpoint, ranks
+from utils import ranks
 from utils.cli import AtLeast, parse, program, refusing
 from utils.rewards import JUDGES
 from utils.run import Run, step_generator
@@ -33,6 +32,8 @@ class Args(techniques.Techniques):
     kl_in_reward: bool = False  # β·KL is taken from the reward, not added to the loss
     dynamic_sampling: Annotated[int, AtLeast(0)] = 0  # rounds in which groups of equal rewards are drawn anew
     lr: Annotated[float, AtLeast(0.0)] = 1.5e-4  # learning rate of AdamW
+    lora_r: Annotated[int, AtLeast(0)] = 0  # rank of LoRA, for Llama's family; 0: all weights learn
+    lora_alpha: float = 32.0  # LoRA's scale is this over the rank
     steps: Annotated[int, AtLeast(1)] = 60  # rollouts
     epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers
     minibatches: Annotated[int, AtLeast(1)] = 1  # optimizer steps an epoch
@@ -76,14 +77,13 @@ def main(args):
     device = ranks.start(args.device)
     run = Run(args, COLUMNS, args.steps, device, program(), args.save_every, objective=objective)
     policy, tokenizer = load_policy(args.policy, device)
-    ref = copy.deepcopy(policy).requires_grad_(False)
+    ref, saved, about = begin(policy, tokenizer, args)
     policy.checkpointing = args.grad_checkpoint
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
     env = Environment(args, policy, tokenizer, run)
     rescored = (updates > 1 or kl_weight) and not env.exact
     trained = {"model": policy}
-    run.hold(checkpoint.about(policy, tokenizer), "policy", **trained, optimizer=optimizer,
-             **techniques.moving(ref, args))
+    run.hold(about, "policy", **trained | saved, optimizer=optimizer, **techniques.moving(ref, args))
     env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():

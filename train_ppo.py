@@ -4,7 +4,6 @@
 What surrounds the loss, each a flag that is off by default, is in techniques.py.
 Run: python train_ppo.py (several processes: torchrun --nproc_per_node=2 train_ppo.py)
 """
-import copy
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,11 +13,11 @@ import torch
 
 import techniques
 from answers import minibatches
-from policy import load_policy
+from policy import begin, load_policy
 from ppo import (VALUE_COLUMNS, ValueModel, explained_variance, gae, ppo_policy_loss, token_reward,
                  token_stats, value_loss, whiten)
 from rollout import COLUMNS, Environment
-from utils import checkpoint, ranks
+from utils import ranks
 from utils.cli import AtLeast, parse, program
 from utils.rewards import JUDGES
 from utils.run import Run, step_generator
@@ -31,6 +30,8 @@ class Args(techniques.Techniques):
     group_size: Annotated[int, AtLeast(1)] = 8  # G, answers to each prompt
     beta: Annotated[float, AtLeast(0.0)] = 0.05  # weight of the KL penalty in the reward
     lr: Annotated[float, AtLeast(0.0)] = 5e-5  # learning rate of AdamW
+    lora_r: Annotated[int, AtLeast(0)] = 0  # rank of LoRA, for Llama's family; 0: all weights learn
+    lora_alpha: float = 32.0  # LoRA's scale is this over the rank
     value_lr: Annotated[float, AtLeast(0.0)] = 1e-3  # the critic's
     eps: float = 0.2  # the policy's clip
     value_clip: float = 0.5  # the critic's, in units of the reward
@@ -75,18 +76,17 @@ def main(args):
     device = ranks.start(args.device)
     run = Run(args, COLUMNS + VALUE_COLUMNS, args.steps, device, program(), args.save_every)
     policy, tokenizer = load_policy(args.policy, device)
-    ref = copy.deepcopy(policy).requires_grad_(False)
     critic = ValueModel(policy.config).to(device).eval()
     critic.trunk.load_state_dict(policy.state_dict())
     critic.trunk.checkpointing = args.grad_checkpoint
+    ref, saved, about = begin(policy, tokenizer, args)
     policy.checkpointing = args.grad_checkpoint
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
     optimizer.add_param_group({"params": critic.parameters(), "lr": args.value_lr})
     env = Environment(args, policy, tokenizer, run)
     rescored = not env.exact
     trained = {"model": policy, "critic": critic}
-    run.hold(checkpoint.about(policy, tokenizer), "policy", **trained, optimizer=optimizer,
-             **techniques.moving(ref, args))
+    run.hold(about, "policy", **trained | saved, optimizer=optimizer, **techniques.moving(ref, args))
     env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():

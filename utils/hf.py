@@ -1,4 +1,4 @@
-"""Weights from others' files and back to transformers' format: a folder, a hub name, or a .gguf (llama.cpp's).
+"""Weights from others' files, back to transformers' format: a folder, a hub name, or a .gguf (llama.cpp's).
 
 Left out: pickled weights (.bin), since they can run code, and the K-quants of GGUF.
 Run: python sft.py --init gpt2 --tokenizer gpt2, or python sample.py --policy smollm2
@@ -26,7 +26,8 @@ GGUF_SETTINGS = {  # GGUF's key behind the architecture's name: transformers'
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
     "attention.key_length": "head_dim"}
 GGUF_NAMES = {  # GGUF's part of a tensor's name: transformers'
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "blk": "model.layers",
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "blk": "model.layers",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
@@ -39,8 +40,9 @@ def readable(source):
     try:
         yield
     except Exception as error:  # damaged JSON, a truncated file, weights of other names or shapes
-        die(f"{source} can't be read ({type(error).__name__}: {' '.join(str(error).split())[:80]}): wanted a whole "
-            "config.json and model.safetensors that belong together, or a whole .gguf")
+        why = " ".join(str(error).split())[:80]
+        die(f"{source} can't be read ({type(error).__name__}: {why}): wanted a whole config.json and "
+            "model.safetensors that belong together, or a whole .gguf")
 
 
 def find(source):
@@ -51,9 +53,9 @@ def find(source):
             folder = Path(need("huggingface_hub", "hf").snapshot_download(
                 str(source), allow_patterns=WANTED, etag_timeout=5))
         except Exception as error:  # a dozen kinds of "can't reach it" that mean the same to the user
-            die(f"{str(source)!r} is no file or folder here, and the hub gave nothing ({type(error).__name__}). "
-                "Download config.json, model.safetensors and the tokenizer's files where there is a network, and "
-                "name their folder.")
+            die(f"{str(source)!r} is no file or folder here, the hub gave nothing ({type(error).__name__}). "
+                "Download config.json, model.safetensors and the tokenizer's files where there is a network, "
+                "and name their folder.")
     index = "model.safetensors.index.json"
     for name in ["config.json", index if (folder / index).is_file() else "model.safetensors"]:
         if not (folder / name).is_file():
@@ -76,7 +78,7 @@ def read(source):
         return json.loads((folder / "config.json").read_text(encoding="utf-8")), weights
 
 
-@functools.lru_cache(maxsize=1)  # the model's reader and the tokenizer's share the pass over a large vocabulary
+@functools.lru_cache(maxsize=1)  # model and tokenizer share the slow pass over a large vocabulary
 def open_gguf(path):
     reader = need("gguf", "llm").GGUFReader(path)
     return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
@@ -93,17 +95,18 @@ def read_gguf(path):
         kind = fields["general.architecture"]
         if kind not in ("llama", "qwen2", "qwen3"):
             die(f"{path} is of the architecture {kind!r}: wanted llama, qwen2 or qwen3")
-        c = {theirs: fields[f"{kind}.{key}"] for key, theirs in GGUF_SETTINGS.items() if f"{kind}.{key}" in fields}
+        c = {theirs: fields[f"{kind}.{key}"] for key, theirs in GGUF_SETTINGS.items()
+             if f"{kind}.{key}" in fields}
         weights = {}
         for tensor in tensors:
             quant = tensor.tensor_type.name
             if quant not in QUANTS:
                 die(f"{path} has {tensor.name} as {quant}: {', '.join(QUANTS)} are read")
             if tensor.name == "rope_freqs.weight":
-                die(f"{path} has scaled rotary positions: name the model's folder in transformers' format instead")
+                die(f"{path} has scaled rotary positions: name its folder in transformers' format instead")
             name = ".".join(GGUF_NAMES.get(part, part) for part in tensor.name.split("."))
             w = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
-            if kind == "llama" and re.search(r"[qk]_proj\.weight", name):  # llama.cpp turns neighbours together
+            if kind == "llama" and re.search(r"[qk]_proj\.weight", name):  # here neighbours turn
                 heads = c["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
                 w = w.view(heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
             weights[name] = w
@@ -112,19 +115,19 @@ def read_gguf(path):
 
 
 # ---- tokenizers ----
-GGUF_SPLITS = {"smollm": None, "gpt-2": None, "default": None}  # tokenizer.ggml.pre: how text is cut into words
+GGUF_SPLITS = {"smollm": None, "gpt-2": None, "default": None}  # how text is cut into words
 for name, digits in {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}.items():
     GGUF_SPLITS[name] = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits +
                          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def read_tokenizer(source):
-    """The ChatTokenizer of a folder, a hub name or a .gguf; a message where it or its chat template is missing."""
+    """The ChatTokenizer of a folder, a hub name or a .gguf; a message where it or its template is missing."""
     if str(source).endswith(".gguf"):
         return gguf_tokenizer(source)
     folder = find(source)
     if not (folder / "tokenizer.json").is_file():
-        die(f"{folder} has no tokenizer.json: save the model's tokenizer there with transformers' save_pretrained")
+        die(f"{folder} has no tokenizer.json: save the tokenizer there with transformers' save_pretrained")
     with readable(folder):
         config, how, c = (json.loads((folder / name).read_text(encoding="utf-8"))
                           if (folder / name).is_file() else {}
@@ -136,10 +139,10 @@ def read_tokenizer(source):
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         if template is None and c["model_type"] != "gpt2":
-            die(f"{folder} has no chat template: take an instruct model, or, to give a base model its prompts as they "
-                "are, write {{ messages[0]['content'] }} to its chat_template.jinja")
-        special = {key: config.get(key) for key in ("bos_token", "eos_token")}
-        special = {key: token["content"] if isinstance(token, dict) else token for key, token in special.items()}
+            die(f"{folder} has no chat template: take an instruct model, or, to give a base model its "
+                "prompts as they are, write {{ messages[0]['content'] }} to its chat_template.jinja")
+        tokens = {key: config.get(key) for key in ("bos_token", "eos_token")}
+        special = {key: t["content"] if isinstance(t, dict) else t for key, t in tokens.items()}
         eos = how.get("eos_token_id", c.get("eos_token_id"))
         ids = eos if isinstance(eos, list) else [eos]
         made = ChatTokenizer(str(source), text, [], template, special)
@@ -152,6 +155,8 @@ def gguf_tokenizer(path):
     tokenizers = need("tokenizers", "llm")
     with readable(path):
         field = {key.removeprefix("tokenizer."): value for key, value in open_gguf(path)[0].items()}
+        if "ggml.tokens" not in field:
+            die(f"{path} has no tokenizer: wanted a model that llama.cpp's converter wrote")
         tokens, split = field["ggml.tokens"], field.get("ggml.pre", "default")
         if field["ggml.model"] != "gpt2" or split not in GGUF_SPLITS:
             die(f"{path} has the tokenizer {field['ggml.model']!r} {split!r}: wanted 'gpt2' with one of "
@@ -159,10 +164,12 @@ def gguf_tokenizer(path):
         if "chat_template" not in field:
             die(f"{path} has no chat template: take an instruct model")
         merges = [tuple(pair.split(" ")) for pair in field["ggml.merges"]]
-        made = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+        ids = {token: i for i, token in enumerate(tokens)}
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges))
         pre, pattern = tokenizers.pre_tokenizers, GGUF_SPLITS[split]
         first = pre.Split(tokenizers.Regex(pattern), "isolated") if pattern else pre.Digits(split == "smollm")
-        made.pre_tokenizer = pre.Sequence([first, pre.ByteLevel(add_prefix_space=False, use_regex=not pattern)])
+        second = pre.ByteLevel(add_prefix_space=False, use_regex=not pattern)
+        made.pre_tokenizer = pre.Sequence([first, second])
         made.decoder = tokenizers.decoders.ByteLevel()
         made.add_special_tokens([tokenizers.AddedToken(token, normalized=False)
                                  for token, kind in zip(tokens, field["ggml.token_type"]) if kind == 3])
@@ -178,14 +185,14 @@ def write(folder, config, weights, tokenizer=None):
     ids = [stop[0] for stop in stops if len(stop) == 1]
     # where the stop may also come as several tokens, no id can say that: transformers compares the text
     text = [] if len(ids) == len(stops) else [tokenizer.decode(stops[0])]
-    eos = None if text or not ids else ids[0] if len(ids) == 1 else ids
+    eos = ids if ids and not text else None
+    how = {"bos_token_id": None, "eos_token_id": eos[0] if eos and len(eos) == 1 else eos,
+           "pad_token_id": eos and eos[0]}
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-    pad = ids[0] if eos is not None else None
-    config = config | {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad, "dtype": "float32"}
-    atomic_write(folder / "config.json", json.dumps(config, indent=2).encode())
+    atomic_write(folder / "config.json", json.dumps(config | how | {"dtype": "float32"}, indent=2).encode())
     atomic_write(folder / "model.safetensors", safetensors.save(weights, {"format": "pt"}))
     if tokenizer is not None:
-        how = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad} | ({"stop_strings": text} if text else {})
+        how |= {"stop_strings": text} if text else {}
         atomic_write(folder / "generation_config.json", json.dumps(how, indent=2).encode())
         tokenizer.export(folder)
 

@@ -1,4 +1,4 @@
-"""Tokenizers: `bpe` trained here on the corpus, `char` (nanoGPT's Shakespeare), `gpt2` (tiktoken's); a chat model's.
+"""Tokenizers: `bpe` trained on the corpus, `char` (nanoGPT's), `gpt2` (tiktoken's), and a chat model's own.
 
 In `bpe` the blank line that ends a speech is one reserved token, so that "stop" is an action like any other.
 Its merges are learned by byte-pair encoding (Sennrich et al., arXiv:1508.07909) and applied by tiktoken.
@@ -64,10 +64,8 @@ class Tokenizer:
 
     def export(self, folder):
         """Writes the files from which transformers' AutoTokenizer makes one of the same ids."""
-        made, eos = fast_tokenizer(self), None
-        if self.name == "bpe":
-            eos = BLANK_LINE
-        write_tokenizer(folder, made.to_str(), {"eos_token": eos, "pad_token": eos}, None)
+        eos = BLANK_LINE if self.name == "bpe" else None
+        write_tokenizer(folder, fast_tokenizer(self).to_str(), {"eos_token": eos, "pad_token": eos}, None)
 
 
 class ChatTokenizer:
@@ -94,7 +92,8 @@ class ChatTokenizer:
         if self.template is None:
             return text
         from jinja2.sandbox import ImmutableSandboxedEnvironment
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.template)
+        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        template = jinja.from_string(self.template)
         turn = {"role": "user", "content": text}
         return template.render(messages=[turn], add_generation_prompt=True, **self.special)
 
@@ -107,7 +106,8 @@ class ChatTokenizer:
                 "special": self.special}
 
     def export(self, folder):
-        write_tokenizer(folder, self.source, self.special | {"pad_token": self.special["eos_token"]}, self.template)
+        special = self.special | {"pad_token": self.special["eos_token"]}
+        write_tokenizer(folder, self.source, special, self.template)
 
 
 def load_tokenizer(state):
@@ -147,10 +147,10 @@ def fast_tokenizer(ours):
 
 
 def printable_bytes():
-    """A printable letter for each byte, GPT-2's custom: itself where it is printable, else one from 256 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    """A printable letter for each byte, GPT-2's custom: itself if it is printable, else one from 256 on."""
+    letters = sorted(need("tokenizers", "hf").pre_tokenizers.ByteLevel.alphabet())
+    others = [byte for byte in range(256) if chr(byte) not in letters]
+    return dict(zip([ord(letter) for letter in letters if ord(letter) < 256] + others, letters))
 
 
 def train_tokenizer(name, text, vocab_size=1024):
