@@ -43,8 +43,8 @@ def inverse_cdf(logp, u):
     """First token whose cumulative probability exceeds u: logp (N, V), u (N,) in [0, 1) -> (N,).
 
     In float64, since a float32 sum over V tokens would lose the unlikely ones. u is scaled by the last sum,
-    which is 1 but for rounding, so that it is always exceeded. A GPU sums a long row slowly, but many short ones
-    quickly: there the block of 256 tokens is found first, then the token in it.
+    which is 1 but for rounding, so that it is always exceeded. A GPU sums a long row slowly, but many short
+    ones quickly: there the block of 256 tokens is found first, then the token in it.
     """
     p, u = logp.double().exp(), u.double()[:, None]
     if p.is_cuda and p.shape[1] > 4096:

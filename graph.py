@@ -1,9 +1,9 @@
-"""The decode step as a captured CUDA graph: one launch a token, where the eager step launches hundreds of kernels.
+"""The decode step as a captured CUDA graph: one launch a token instead of hundreds.
 
-A graph replays the same kernels on the same memory. So all buffers are fixed: keys and values, the tokens drawn,
-their log-probabilities, and the position, which a replay moves on by itself. Attention reads the buffer up to a
-multiple of 64 tokens; each such length is a graph of its own. On a CPU the same step runs without a graph, for
-the tests.
+A graph replays the same kernels on the same memory. So all buffers are fixed: keys and values, the tokens
+drawn, their log-probabilities, and the position, which a replay moves on by itself. Attention reads the
+buffer up to a multiple of 64 tokens. Each such length is a graph of its own. On a CPU the same step runs
+without a graph, for the tests.
 Left out: several steps a replay, prompts of another length (they get graphs of their own).
 Run: python train_grpo.py --device cuda
 """
@@ -18,7 +18,7 @@ LENGTH = 64  # tokens between one graph and the next
 
 
 class FixedCache:
-    """Keys and values of N answers, prompt included, in buffers that stay: a pair (N, kv heads, S, d) a layer.
+    """Keys and values of N answers, prompt included: a pair of fixed buffers (N, kv heads, S, d) a layer.
 
     start (1,): the position of the token that is read. limit: how many tokens of the buffers attention reads.
     """
@@ -136,7 +136,7 @@ class DecodeGraph:
         return self.sampler
 
     def decode(self, prompt, group_size, answer, logp, uniforms, how, stop):
-        """Fills answer and logp (N, T), whose first token is drawn. prompt: the PromptCache of their prompts."""
+        """Fills answer and logp (N, T), whose first token is drawn. prompt: their PromptCache."""
         shape = tuple(uniforms.shape), prompt.length, group_size, how
         if shape not in self.steps:
             self.steps[shape] = Steps(self.sampler, prompt, group_size, uniforms.shape[1], how, self.pool)

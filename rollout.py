@@ -142,7 +142,8 @@ class Environment:
         tokens, _, mask, texts = self.sample(policy, prompts, 1, uniforms)
         reward = self.reward_of(tokens, mask, prompts, texts)
         with self.sampling():
-            return {"eval_r": reward.mean(), **quality(args, self.task, policy, self.tokenizer, prompts, texts)}
+            measured = quality(args, self.task, policy, self.tokenizer, prompts, texts)
+        return {"eval_r": reward.mean()} | measured
 
     def conclude(self, policy):
         """The run's last line: what held-out answers are worth now, and where the files are."""
