@@ -348,6 +348,21 @@ def test_what_does_not_fit(capsys):
         assert left.value.code == 2 and message.startswith("error: "), message
 
 
+def test_gym(capsys):
+    """reasoning-gym's own scorer: its own answers are right; a wrong one is not."""
+    pytest.importorskip("reasoning_gym")
+    task = load_task("gym:chain_sum")
+    rows = task.rows(20, 0, held_out=False)
+    assert rows == task.rows(20, 0, held_out=False)
+    for row in rows:
+        exact = eval(re.search("[0-9+ -]+(?= =)", row["prompt"])[0])
+        assert row["answer"] == str(exact) and task.reward(f" {exact}\n", row) == 1
+        assert task.reward(str(exact + 1), row) < 1
+    with pytest.raises(SystemExit):
+        load_task("gym:no_such")
+    assert "--task gym:no_such: " in capsys.readouterr().err
+
+
 def test_gym_without_the_package(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(SystemExit):
