@@ -37,7 +37,7 @@ if want tasks; then  # a weak π₀ a seed, then GRPO and PPO from it with equal
         --log results/tasks/sft-$task-s"$seed".csv --out out/r-sft-$task-s"$seed"
       for name in grpo ppo; do
         [ $name = grpo ] && lr=1e-4 || lr=5e-5
-        $python train_$name.py --policy out/r-sft-$task-s"$seed"/policy.pth --task $task $rl --lr $lr \
+        $python train_$name.py --policy out/r-sft-$task-s"$seed"/policy.pth --task $task $rl --lr $lr --minibatches 4 \
           --steps "$task_steps" --seed "$seed" --log results/tasks/$name-$task-s"$seed".csv \
           --out out/r-$name-$task-s"$seed"
       done
