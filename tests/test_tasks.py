@@ -66,13 +66,15 @@ ROW = {"numbers": [3, 7, 2], "target": 13, "answer": "3*7-2"}  # 13 = 2 * 3 + 7
     ("13", 0), ("6+7", 0), ("2*3+7+0", 0), ("2*3+7*1", 0), ("2*3", 0), ("2*3+7+2", 0), ("", 0), ("= 13", 0),
     ("2*3+7\nI am sure.", 0), ("answer: 2*3+7", 0), ("7/(3-3)", 0), ("2/(3-3)+7", 0), ("7//(3-2)", 0),
     ("-2+7*3", 0), ("2*3*-7", 0), ("7**2**3", 0), ("3**7**2", 0), ("(2*3)+7)", 0), ("2(3)+7", 0), ("2 3 7", 0),
-    ("2*3+7,", 0), ("2.0*3+7", 0), ("0x2*3+7", 0), ("02*3+7", 0), ("２*3+7", 0)])
+    ("2*3+7,", 0), ("2.0*3+7", 0), ("0x2*3+7", 0), ("02*3+7", 0), ("２*3+7", 0),
+    ("4*3+1", 0), ("2*3+7 # sure", 0)])
 def test_countdown_by_hand(completion, wanted):
     assert TASKS["countdown"].reward(completion, ROW) == wanted
 
 
-def test_countdown_is_exact():
+def test_countdown_is_exact_and_survives_a_division_by_zero():
     assert TASKS["countdown"].reward("1/3*3", {"numbers": [1, 3, 3], "target": 1}) == 1
+    assert TASKS["countdown"].reward("7/(3-3)", {"numbers": [3, 3, 7], "target": 1}) == 0
     assert TASKS["countdown"].reward("10/4*2", {"numbers": [10, 4, 2], "target": 5}) == 1  # 2.5 stays 2.5
 
 
