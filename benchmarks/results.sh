@@ -31,7 +31,7 @@ fi
 if want tasks; then  # a weak π₀ a seed, then GRPO and PPO from it with equal samples; settings from trials on seed 10
   rl="--max_new 8 --prompts_per_step 32 --beta 0 --eval_every 25 --eval_prompts 256"
   for task in add sort; do
-    [ $task = add ] && sft_steps=600 task_steps="${STEPS:-500}" || sft_steps=150 task_steps="${STEPS:-300}"
+    [ $task = add ] && sft_steps=600 task_steps="${STEPS:-501}" || sft_steps=150 task_steps="${STEPS:-301}"
     for seed in ${SEEDS:-0 1 2 3 4}; do
       $python sft.py --data task:$task --tokenizer char --block_size 24 --steps $sft_steps --seed "$seed" \
         --log results/tasks/sft-$task-s"$seed".csv --out out/r-sft-$task-s"$seed"
