@@ -36,7 +36,7 @@ if want tasks; then  # a weak π₀ a seed, then GRPO and PPO from it with equal
       $python sft.py --data task:$task --tokenizer char --block_size 24 --steps $sft_steps --seed "$seed" \
         --log results/tasks/sft-$task-s"$seed".csv --out out/r-sft-$task-s"$seed"
       for name in grpo ppo; do
-        [ $name = grpo ] && lr=1e-4 || lr=5e-5
+        [ $name-$task = ppo-sort ] && lr=5e-5 || lr=1e-4
         $python train_$name.py --policy out/r-sft-$task-s"$seed"/policy.pth --task $task $rl --lr $lr --minibatches 4 \
           --steps "$task_steps" --seed "$seed" --log results/tasks/$name-$task-s"$seed".csv \
           --out out/r-$name-$task-s"$seed"
