@@ -99,6 +99,7 @@ def quality(args, task, policy, tokenizer, prompts, texts):
     """A task's accuracy (greedy) and pass@8 (is one of 8 samples right?). Else the gold score of `texts`."""
     if not task:
         return {"eval_gold": gold_score(args, texts, prompts.texts)}
-    how = policy, tokenizer, prompts, args.max_new
-    greedy, eight = (task.ask(*how, n, args.temperature, args.seed)[1] >= 1 for n in (1, 8))
-    return {"eval_acc": greedy.float().mean(), "eval_pass8": eight.any(1).float().mean()}
+    samples = {"eval_acc": 1, "eval_pass8": 8} if args.eval_pass8 else {"eval_acc": 1}
+    right = {name: task.ask(policy, tokenizer, prompts, args.max_new, n, args.temperature, args.seed)[1] >= 1
+             for name, n in samples.items()}
+    return {name: each.any(1).float().mean() for name, each in right.items()}

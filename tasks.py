@@ -18,7 +18,7 @@ from typing import Callable
 import torch
 
 from generate import sample_texts
-from utils.cli import die, need, refusing
+from utils.cli import die, need
 from utils.rewards import checked, describe, from_file
 from utils.text import as_prompts
 
@@ -30,7 +30,7 @@ class Task:
     name: str = "task"
 
     def rows(self, n, seed, held_out):
-        """n different questions of one side; fewer where 1,000 draws in a row bring no new one."""
+        """n different questions, or fewer: 1,000 draws without a new one end it. An eighth is held out."""
         rng, rows, misses = random.Random(seed), {}, 0
         while len(rows) < n and misses < 1000:
             try:
@@ -39,8 +39,7 @@ class Task:
             except Exception as error:  # whatever the user's function raises is the user's to see
                 die(f"--task {self.name}: sample raised {describe(error)}: wanted a row, prompt and answer")
             misses += 1
-            # an eighth of all questions, by a hash that is the same everywhere, is never trained on
-            eighth = hashlib.sha256(prompt.encode()).digest()[0] < 32
+            eighth = hashlib.sha256(prompt.encode()).digest()[0] < 32  # the same everywhere, as hash() is not
             if eighth == held_out and prompt not in rows:
                 rows[prompt] = row
                 misses = 0
@@ -52,8 +51,8 @@ class Task:
         return f"{row.get('short', row['prompt'])}{row['answer']}"
 
     def prompts(self, tokenizer, seed):
-        """-> (training, held-out) Prompts: up to 4,096 from the seed; up to 256, the same for every seed."""
-        train, held_out = self.rows(4096, seed, held_out=False), self.rows(256, 0, held_out=True)
+        """-> (training, held-out) Prompts: up to 4,096 from the seed; up to 512, the same for every seed."""
+        train, held_out = self.rows(4096, seed, held_out=False), self.rows(512, 0, held_out=True)
         every = as_prompts(train + held_out, tokenizer, f"--task {self.name}", short="short")
         index = torch.arange(len(every.texts))
         return every.pick(index[:len(train)]), every.pick(index[len(train):])
@@ -65,12 +64,11 @@ class Task:
             return [self.reward(text, row) for text, row in zip(completions, rows)]
         return checked(rewards, f"--task {self.name}: reward", completions, prompts, **columns)
 
-    def ask(self, policy, tokenizer, prompts, max_new, samples=1, temperature=1.0, seed=0):
-        """Answers to M prompts, greedy if one each: M·samples texts, and what they earn (M, samples)."""
-        top_k = int(samples == 1)
-        texts = sample_texts(policy, tokenizer, prompts, max_new, temperature, seed, top_k, samples)[3]
-        asked = prompts.pick(torch.arange(len(prompts.texts)), samples)
-        return texts, torch.tensor(self.scores(texts, asked.texts, **asked.columns)).view(-1, samples)
+    def ask(self, policy, tokenizer, prompts, max_new, n=1, temperature=1.0, seed=0):
+        """n answers to each of M prompts, the greedy one if n is 1: M·n texts, and what they earn (M, n)."""
+        texts = sample_texts(policy, tokenizer, prompts, max_new, temperature, seed, int(n == 1), n)[3]
+        asked = prompts.pick(torch.arange(len(prompts.texts)), n)
+        return texts, torch.tensor(self.scores(texts, asked.texts, **asked.columns)).view(-1, n)
 
 
 # ---- what is asked ----
@@ -100,7 +98,7 @@ def countdown(rng, size=3):
     if target.denominator > 1 or not 1 <= target <= 100:
         return countdown(rng, size)
     given = ",".join(map(str, rng.sample(numbers, size)))
-    return {"prompt": f"Make {target} of {given}, each used once, with + - * /. Answer with the formula only.",
+    return {"prompt": f"Make {target} of {given}, each used once, with + - * /. Answer with a formula only.",
             "short": f"{given}:{target}=", "answer": expression, "numbers": numbers, "target": int(target)}
 
 
@@ -144,8 +142,10 @@ TASKS = {"add": Task(add, last("[0-9]+")), "sort": Task(sort, last(r"[0-9][0-9\s
 
 def gym(name):
     """A task of the package reasoning-gym, with its own scorer (arXiv:2505.24760)."""
-    with refusing():
+    try:
         dataset = need("reasoning_gym", "gym").create_dataset(name, size=10**6, seed=0)
+    except ValueError as error:
+        die(f"--task gym:{name}: {error}")
 
     def sample(rng):
         entry = dataset[rng.randrange(10**6)]

@@ -66,13 +66,15 @@ ROW = {"numbers": [3, 7, 2], "target": 13, "answer": "3*7-2"}  # 13 = 2 * 3 + 7
     ("13", 0), ("6+7", 0), ("2*3+7+0", 0), ("2*3+7*1", 0), ("2*3", 0), ("2*3+7+2", 0), ("", 0), ("= 13", 0),
     ("2*3+7\nI am sure.", 0), ("answer: 2*3+7", 0), ("7/(3-3)", 0), ("2/(3-3)+7", 0), ("7//(3-2)", 0),
     ("-2+7*3", 0), ("2*3*-7", 0), ("7**2**3", 0), ("3**7**2", 0), ("(2*3)+7)", 0), ("2(3)+7", 0), ("2 3 7", 0),
-    ("2*3+7,", 0), ("2.0*3+7", 0), ("0x2*3+7", 0), ("02*3+7", 0), ("２*3+7", 0)])
+    ("2*3+7,", 0), ("2.0*3+7", 0), ("0x2*3+7", 0), ("02*3+7", 0), ("２*3+7", 0),
+    ("4*3+1", 0), ("2*3+7 # sure", 0)])
 def test_countdown_by_hand(completion, wanted):
     assert TASKS["countdown"].reward(completion, ROW) == wanted
 
 
-def test_countdown_is_exact():
+def test_countdown_is_exact_and_survives_a_division_by_zero():
     assert TASKS["countdown"].reward("1/3*3", {"numbers": [1, 3, 3], "target": 1}) == 1
+    assert TASKS["countdown"].reward("7/(3-3)", {"numbers": [3, 3, 7], "target": 1}) == 0
     assert TASKS["countdown"].reward("10/4*2", {"numbers": [10, 4, 2], "target": 5}) == 1  # 2.5 stays 2.5
 
 
@@ -346,6 +348,21 @@ def test_what_does_not_fit(capsys):
             call()
         message = capsys.readouterr().err
         assert left.value.code == 2 and message.startswith("error: "), message
+
+
+def test_gym(capsys):
+    """reasoning-gym's own scorer: its own answers are right; a wrong one is not."""
+    pytest.importorskip("reasoning_gym")
+    task = load_task("gym:chain_sum")
+    rows = task.rows(20, 0, held_out=False)
+    assert rows == task.rows(20, 0, held_out=False)
+    for row in rows:
+        exact = eval(re.search("[0-9+ -]+(?= =)", row["prompt"])[0])
+        assert row["answer"] == str(exact) and task.reward(f" {exact}\n", row) == 1
+        assert task.reward(str(exact + 1), row) < 1
+    with pytest.raises(SystemExit):
+        load_task("gym:no_such")
+    assert "--task gym:no_such: " in capsys.readouterr().err
 
 
 def test_gym_without_the_package(capsys, monkeypatch):

@@ -3,6 +3,7 @@
 In `bpe` the blank line that ends a speech is one reserved token, so that "stop" is an action like any other.
 Its merges are learned by byte-pair encoding (Sennrich et al., arXiv:1508.07909) and applied by tiktoken.
 """
+import functools
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -91,11 +92,13 @@ class ChatTokenizer:
         """What the model reads for a user's text: the chat template's turns, up to the answer's beginning."""
         if self.template is None:
             return text
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        template = jinja.from_string(self.template)
         turn = {"role": "user", "content": text}
-        return template.render(messages=[turn], add_generation_prompt=True, **self.special)
+        return self.compiled.render(messages=[turn], add_generation_prompt=True, **self.special)
+
+    @functools.cached_property
+    def compiled(self):  # once: a task has thousands of prompts
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.template)
 
     def encode_prompt(self, text, short=None):
         """A prompt as the policy reads it: a chat model reads the long form, in its template."""
