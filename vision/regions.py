@@ -120,7 +120,7 @@ def warn_of_units(file, boxes, order, fits):
     """
     numbers = [v for box, _ in boxes for v in box]
     beyond = sum(width > 1200 or height > 1200 for _, (width, height) in boxes)  # 1000 can be exceeded
-    moved = [(*box, *size) for box, size in boxes if any(box[:2])]  # at (0, 0) both orders are the same
+    moved = [(*box, *size) for box, size in boxes if len(box) == 4 and any(box[:2])]  # at (0, 0) both orders are the same
     looks = ("shares of the sides, 0 … 1" if max(numbers) <= 1 else
              "thousandths of the sides, 0 … 1000" if max(numbers) <= 1000 and beyond >= 10 else
              order if len(moved) >= 10 and all(fits(*row) for row in moved) else "")

@@ -168,7 +168,8 @@ def train_trl(args, config, path, examples, order, progress):
     data = Dataset.from_dict({"index": order.flatten().tolist()}).with_transform(lambda rows: rows | {
         "prompt": [[{"role": "user", "content": examples[i]["prompt"]}] for i in rows["index"]],
         "image": [picture(examples[i]) for i in rows["index"]]})
-    model, last = path, f"{args.out}/checkpoint-{progress.start}"
+    model = load_model(path) if models.has_adapter(path) else path
+    last = f"{args.out}/checkpoint-{progress.start}"
     if progress.start and not args.use_lora:  # transformers' resume (5.23) looks for weights of other names
         model = load_model(last)
         model.config._name_or_path = path  # TRL loads the reference from there
