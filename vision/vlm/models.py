@@ -90,11 +90,9 @@ def load_model(path):
             return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         peft = need("peft", "vlm")
         base = load_model(peft.PeftConfig.from_pretrained(path).base_model_name_or_path)
-        model = peft.PeftModel.from_pretrained(base, path).merge_and_unload().requires_grad_(True)
+        return peft.PeftModel.from_pretrained(base, path).merge_and_unload().requires_grad_(True)
     except Exception as error:  # safetensors and peft have errors of their own
         die(f"--model {path}: its weights can't be loaded ({str(error).split(chr(10))[0]})")
-    model.name_or_path = model.config._name_or_path = str(path)  # what new adapters name as their base
-    return model
 
 
 def has_adapter(path):
