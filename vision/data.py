@@ -182,8 +182,10 @@ def centre(image, shorter, size, interpolation="bilinear"):
 def open_upright(source):
     """The image in a file, or in a row of `datasets`, turned as its EXIF says; of several the first."""
     if isinstance(source, dict):  # `datasets` did not decode it
-        source = io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]
-    with source if isinstance(source, Image.Image) else Image.open(source) as image:
+        source = source["bytes"] or source["path"]
+    if isinstance(source, (str, Path)):  # given a name, Pillow 13 garbles a TIFF that lies on its side
+        source = Path(source).read_bytes()
+    with Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source as image:
         upright = ImageOps.exif_transpose(image)
         upright.format = image.format
         return upright
