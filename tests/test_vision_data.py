@@ -861,7 +861,8 @@ def test_a_grid_of_each_kind(kind, folder):
 
 
 def test_captions_are_text_not_formulas():
-    show.grid("x.png", torch.rand(1, 3, 8, 8), torch.tensor([0]), {"a": torch.tensor([1])}, ["$\\frac", "a$"])
+    for names in (["$\\frac", "a$"], ["dog", "$a_b_c$"]):  # the second is a formula, and a wrong one
+        show.grid("x.png", torch.rand(1, 3, 8, 8), torch.tensor([0]), {"a": torch.tensor([1])}, names)
     assert Path("x.png").stat().st_size > 1000
 
 
