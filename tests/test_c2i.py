@@ -432,7 +432,8 @@ def odd_set(name, images, labels, kind):
 
 
 @pytest.mark.parametrize("kind, labels, said", [
-    ("float32", [0.5, 1.0], "torch.float"), ("bool", [True, False], "torch.bool"), ("string", ["0", "1"], "odd"),
+    ("float32", [0.5, 1.0], "torch.float"), ("bool", [True, False], "torch.bool"),
+    ("string", list("01"), "odd"),
     ("list", [[0], [1]], "shape (2, 1)"), ("int64", [0, None], "odd")])
 def test_labels_that_are_no_whole_numbers(llamagen, capsys, kind, labels, said):
     import datasets

@@ -611,7 +611,7 @@ def test_words_of_other_tools(tmp_path, capsys):
     apart = unicodedata.normalize("NFD", "caf\u00e9 coffee\ndog coffee, black\n")
     (tmp_path / "words.txt").write_text(apart, encoding="utf-8-sig")
     assert clip_data.class_words(["caf\u00e9", "dog"], "made", "words.txt") == ["coffee", "coffee"]
-    assert "several classes called coffee" in capsys.readouterr().out
+    assert "several classes are called coffee" in capsys.readouterr().out
 
 
 def test_settings_that_can_not_work(refused, tmp_path):

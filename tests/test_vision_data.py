@@ -664,7 +664,7 @@ def mask_of(image, **options):
 
 
 def test_masks_of_every_type():
-    """What isn't black is foreground: small ids of 16 bits, dark colours, palettes as VOC has them, alpha of 255."""
+    """What isn't black is foreground: ids of 16 bits, dark colours, palettes as VOC's, opaque alpha."""
     ink = torch.from_numpy(INK).long()
     palette = Image.fromarray(INK.astype("uint8"), "P")
     palette.putpalette([0, 0, 0, 0, 0, 1])  # a blue so dark that its grey is 0

@@ -44,7 +44,8 @@ class Images(Dataset):
         try:
             return *self.read(self.images[i], self.targets[i]), self.names[i]
         except Exception as error:  # on damaged bytes PIL raises nearly anything
-            return None, f"{type(error).__name__}: {error}".split("\n")[0], str(self.images[i])
+            why = f"{type(error).__name__}: {error}".split("\n")[0]
+            return None, why, str(self.images[i])
 
     def sample(self, n, generator, each_class=False):
         """The first n items, or the first n of each class, in an order drawn from the generator."""
@@ -89,7 +90,7 @@ def batches(data, batch_size, seed=0, start=0, steps=None, num_workers=0, bad_im
 
 
 def stack(items):
-    """Items -> images, targets, names, bad ones. A worker stacks: each tensor that it sends is an open file."""
+    """Items -> images, targets, names, bad ones. Each tensor that a worker sends is an open file."""
     bad = [(path, error) for image, error, path in items if image is None]
     items = [item for item in items if item[0] is not None]
     if not items:
@@ -148,7 +149,7 @@ def class_files(folder):
     for name in names:
         other = alike.setdefault(" ".join(name.casefold().replace("_", " ").split()), name)
         if other is not name:
-            die(f"{folder}: the classes {other!r} and {name!r} differ by case, _ or accents alone: rename one")
+            die(f"{folder}: classes {other!r} and {name!r} are one but for case, _ or accents: rename one")
     by_class = dict(sorted(zip(names, (files_below(path) for path in paths))))
     if empty := [name for name, files in by_class.items() if not files]:
         die(f"{folder} has no images of {', '.join(empty[:5])}: wanted some in every class's folder")
@@ -163,7 +164,8 @@ def files_below(folder, kinds=KINDS):
     paths = []
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not JUNK.match(name)]
-        paths += [os.path.join(root, n) for n in names if n.lower().endswith(kinds) and not JUNK.match(n)]
+        names = [name for name in names if name.lower().endswith(kinds) and not JUNK.match(name)]
+        paths += [os.path.join(root, name) for name in names]
     return sorted(paths)
 
 
@@ -203,8 +205,8 @@ def open_rgb(source):
         is_16_bit = image.mode != "I" or image.format in ("PNG", "PPM")
         top = 1 if image.mode == "F" else 65535 if is_16_bit else 255
         if not 0 <= values.min() <= values.max() <= top or "transparency" in image.info:
-            raise ValueError(f"pixels of {values.dtype} from {values.min()} to {values.max()}: wanted 0 … {top}, "
-                             "none transparent")
+            raise ValueError(f"{values.dtype} from {values.min()} to {values.max()}: wanted 0 … {top}, none "
+                             "transparent")
         image = Image.fromarray((values / top * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

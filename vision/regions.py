@@ -113,14 +113,13 @@ def coco_boxes(folder):
 
 
 def warn_of_units(file, boxes, order, fits):
-    """Warns where all boxes fit another unit or order as well. A run on such data would earn nothing.
+    """Warns where all boxes fit another unit or order, too. A run on such data would earn nothing.
 
-    boxes: ((four numbers, as the file has them), (width, height)) each. fits: whether six such numbers can be
-    in the other `order`. It takes ten boxes to tell.
+    boxes: [(numbers of the file, (width, height))]. fits(*box, width, height): can a box be in that order?
     """
     numbers = [v for box, _ in boxes for v in box]
     beyond = sum(width > 1200 or height > 1200 for _, (width, height) in boxes)  # 1000 can be exceeded
-    moved = [(*box, *size) for box, size in boxes if len(box) == 4 and any(box[:2])]  # at (0, 0) both orders are the same
+    moved = [(*box, *size) for box, size in boxes if len(box) == 4 and any(box[:2])]  # else both are alike
     looks = ("shares of the sides, 0 … 1" if max(numbers) <= 1 else
              "thousandths of the sides, 0 … 1000" if max(numbers) <= 1000 and beyond >= 10 else
              order if len(moved) >= 10 and all(fits(*row) for row in moved) else "")
@@ -156,9 +155,8 @@ def read_mask(size, path, mask_path):
         raise ValueError(f"{mask.size} pixels in the mask, {image.size} in the image")
     pixels = np.array(mask if mask.mode[0] in "IF" else mask.convert("RGB"))
     ink = (pixels != 0).reshape(*pixels.shape[:2], -1).any(2)
-    if mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255:
-        raise ValueError("the mask has transparent pixels: wanted black and foreground alone")
-    if mask.mode == "P" and (ink != (np.array(mask) != 0)).any():
-        raise ValueError("0 is not black in the mask's palette: wanted a grey mask")
+    see_through = mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255
+    if see_through or mask.mode == "P" and (ink != (np.array(mask) != 0)).any():
+        raise ValueError("a mask with transparent pixels, or a palette whose 0 isn't black: wanted grey")
     mask = Image.fromarray(ink).resize((size, size), Image.Resampling.NEAREST)
     return to_tensor(image.resize((size, size))), torch.from_numpy(np.array(mask)).long()

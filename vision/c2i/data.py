@@ -71,7 +71,7 @@ def open_saved(path, num_classes):
     try:
         labels = torch.tensor(data[columns[1]][:])
         if labels.dtype != torch.long or labels.dim() != 1:
-            raise ValueError(f"labels of {labels.dtype}, shape {tuple(labels.shape)}: wanted one whole number each")
+            raise ValueError(f"labels of {labels.dtype}, shape {tuple(labels.shape)}: wanted whole numbers")
         in_range("labels", labels, num_classes)
     except (RuntimeError, TypeError, ValueError) as error:
         die(f"--data-path {path}: {error} (--num-classes {num_classes})")
@@ -146,8 +146,8 @@ def write_codes(data, vq, args, device, rank, world):
     stems = [f"{args.extract_codes}/imagenet{args.image_size}_{part}" for part in ("codes", "labels")]
     for stem in stems:
         if Path(stem).exists():
-            die(f"--extract-codes: {stem} is there already, and its files would mix with these: remove it, or "
-                "name another folder")
+            die(f"--extract-codes: {stem} is there already, its files would mix with these: remove it, or name "
+                "another folder")
         if rank == 0:
             shutil.rmtree(f"{stem}.part", ignore_errors=True)
     first_on_rank_0(lambda: None)  # until rank 0 has cleared up

@@ -53,15 +53,14 @@ def class_words(classes, dataset, names_file=""):
         try:
             text = unicodedata.normalize("NFC", Path(names_file).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
-            die(f"--classnames {names_file} can't be read ({error}): wanted UTF-8, a line FOLDER WORDS a class")
+            die(f"--classnames {names_file} can't be read ({error}): wanted UTF-8, lines FOLDER WORDS")
         lines = [line.split(maxsplit=1) for line in text.splitlines()]
         words = {line[0]: line[1].split(",")[0] for line in lines if len(line) == 2}
         if lost := [name for name in classes if name not in words]:
             die(f"--classnames {names_file} has no line for {', '.join(lost[:5])}: wanted one a class")
         words = [words[name] for name in classes]
         if twins := sorted({word for word in words if words.count(word) > 1}):
-            print(f"warning: {names_file} has several classes called {', '.join(twins[:5])}: CLIP can't tell them "
-                  "apart")
+            print(f"warning: several classes are called {', '.join(twins[:5])}: CLIP can't tell them apart")
         return words
     if dataset == "digits":
         return list(clip_model.DIGITS)

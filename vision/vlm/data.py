@@ -21,7 +21,8 @@ from vision.show import grid
 ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # from full-width forms
 ASCII |= dict.fromkeys(map(ord, "‐‑‒–—―−"), "-") | {ord("、"): ","}
 NUMBER = r"-?\d++(?:\.\d++)?+"  # ++ gives nothing back, so that a long text takes linear time
-CHAIN = re.compile(rf"(?<![\w.,\-])({NUMBER}(?:\s*+(?:[)\]]\s*+)?,\s*+(?:[(\[]\s*+)?{NUMBER})++)(?![\w.]*\w)")
+COMMA = r"\s*+(?:[)\]]\s*+)?,\s*+(?:[(\[]\s*+)?"
+CHAIN = re.compile(rf"(?<![\w.,\-])({NUMBER}(?:{COMMA}{NUMBER})++)(?![\w.]*\w)")
 NAMED = re.compile(r"""["']?\b[xy][12]?["']?\s*[:=]\s*""")  # the names in: "x": 12, "y": 34
 
 
@@ -138,13 +139,15 @@ def load_examples(path, root, processor):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
-                place = f"line {number + getattr(error, 'lineno', 1) - 1}, column {getattr(error, 'colno', 1)}"
+                line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
+                place = f"line {number + line - 1}, column {column}"
                 die(f"{path}: wrong JSON at {place}: {getattr(error, 'msg', error)}")
             rows += row if is_list else [row]
     if not rows:
         die(f"{path} has no examples: wanted at least one {{image, prompt, solution}}")
     examples = [check(row, f"{path}: example {i}", root, processor) for i, row in enumerate(rows)]
-    warn_of_units(path, [(row["solution"], e["size"]) for row, e in zip(rows, examples)], "x, y, width, height",
+    boxes = [(row["solution"], example["size"]) for row, example in zip(rows, examples)]
+    warn_of_units(path, boxes, "x, y, width, height",
                   lambda x, y, w, h, width, height: x + w <= width and y + h <= height)
     return examples
 
@@ -158,7 +161,8 @@ def numbers(row, name, lengths):
 def check(row, where, root, processor):
     """A line of the file as an example, or a message that says what is wrong with it."""
     words = [row.get(name) for name in ("image", "prompt")] if isinstance(row, dict) else [None]
-    if not all(isinstance(word, str) and word.encode(errors="ignore").decode() == word != "" for word in words):
+    if not all(isinstance(word, str) and word and word.encode(errors="ignore").decode() == word
+               for word in words):
         die(f"{where}: wanted {{image: FILE, prompt: a text, solution: [x1, y1, x2, y2] or [x, y]}}")
     path = Path(root, row["image"])
     if not os.path.isfile(path):
