@@ -212,7 +212,7 @@ def main(args):
         generator = step_generator(args.seed, step)
         images, label = images.to(device), label.to(device)
         images = flip(images, generator) if data.flip else images
-        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout's, alike after a resume and in an update
+        torch.manual_seed(-1 - args.seed * 1_000_003 - step)  # dropout's alone, alike in each update
         logp_all = class_logp(policy(images), scale, text)  # (B, C)
         checkpoint.finite(step, args.out, logp=logp_all.min())
         action = draw(logp_all, args.group_size, generator)  # (B, G)
@@ -230,7 +230,7 @@ def main(args):
         # ---- update ----
         for update in range(args.updates):
             if update:
-                torch.manual_seed(args.seed * 1_000_003 + step)
+                torch.manual_seed(-1 - args.seed * 1_000_003 - step)
                 logp_all = class_logp(policy(images), scale, text)
             if args.method == "ce":
                 loss, stats = F.nll_loss(logp_all, label), {}

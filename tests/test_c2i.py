@@ -24,6 +24,7 @@ from vision.c2i.data import center_crop
 from vision.c2i.models import frechet, judged
 from vision.c2i.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig
 from vision.c2i.vq import VQS, VQConfig, VQModel
+from vision.data import Images
 
 SOME = ["--device", "cpu", "--vq-steps", 4, "--gpt-steps", 6, "--classifier-steps", 6, "--steps", 2,
         "--sample-batch-size", 8, "--train-batch-size", 4, "--group-size", 4, "--eval-images", 3,
@@ -397,7 +398,63 @@ def test_codes_are_written_and_read_and_the_true_image_counts(llamagen):
         path = f"codes/imagenet256_codes/{i}.npy"
         np.save(path, np.concatenate([np.load(path), np.zeros((1, 1, 256), np.int64)], 1))
     cli(c2i_grpo, *forced, "--code-path", "codes")
-    assert numbers()[0]["entropy"] != by_code[0]["entropy"]
+    assert [r["entropy"] for r in numbers()] != [r["entropy"] for r in by_code]
+
+
+def test_codes_of_an_earlier_data_set_do_not_mix_with_new_ones(llamagen, capsys):
+    words = [*llamagen, "--extract-codes", "codes"]
+    Path("codes/imagenet256_codes.part").mkdir(parents=True)  # of a run that was killed
+    Path("codes/imagenet256_codes.part/9.npy").write_bytes(b"")
+    cli(c2i_grpo, *words)
+    before = files("codes")
+    assert len(before) == 12
+    saved([0, 1], "few")
+    refused(capsys, *words, "--data-path", "few", said="imagenet256_codes is there already")
+    assert files("codes") == before
+    Path("codes/imagenet256_codes/._0.npy").write_bytes(b"x")  # macOS leaves these
+    args = c2i_grpo.Args(code_path="codes", image_size=256, num_classes=5, codebook_size=32)
+    assert len(c2i_data.load_data(args, False, 256)) == 6
+
+
+def test_the_augmentation_is_not_drawn_with_the_codes_numbers(monkeypatch):
+    seeds, real = [], c2i_data.step_generator
+    monkeypatch.setattr(c2i_data, "step_generator", lambda *args: seeds.append(real(*args)) or seeds[-1])
+    data = Images(range(8), range(8), range(8), lambda i, _: (torch.full((2, 3), i), torch.tensor(0)))
+    list(c2i_data.batches(data, 4, 0, 0, 3, 0, 0, 1))
+    assert len({g.initial_seed() for g in seeds}) == 3
+    assert not {g.initial_seed() for g in seeds} & {real(0, step).initial_seed() for step in range(100)}
+
+
+def odd_set(name, images, labels, kind):
+    import datasets
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).save_to_disk(name)
+
+
+@pytest.mark.parametrize("kind, labels, said", [
+    ("float32", [0.5, 1.0], "torch.float"), ("bool", [True, False], "torch.bool"),
+    ("string", list("01"), "odd"),
+    ("list", [[0], [1]], "shape (2, 1)"), ("int64", [0, None], "odd")])
+def test_labels_that_are_no_whole_numbers(llamagen, capsys, kind, labels, said):
+    import datasets
+    kind = datasets.List(datasets.Value("int64")) if kind == "list" else datasets.Value(kind)
+    odd_set("odd", [Image.new("RGB", (16, 16))] * 2, labels, kind)
+    refused(capsys, *llamagen, "--data-path", "odd", said=said)
+
+
+def test_rows_without_an_image_and_undecoded_ones(llamagen, capsys):
+    import datasets
+    forced = [*llamagen, "--sampling", "teacher-forced"]
+    images = [Image.new("RGB", (16, 16), (9 * i,) * 3) for i in range(4)]
+    odd_set("none", [*images[:3], None], [0, 1, 2, 3], datasets.Value("int64"))
+    refused(capsys, *forced, "--data-path", "none", "--extract-codes", "a", said="image 3 of --data-path")
+    odd_set("good", images, [0, 1, 2, 3], datasets.Value("int64"))
+    raw = datasets.load_from_disk("good").cast_column("image", datasets.Image(decode=False))
+    raw.save_to_disk("raw")
+    for name in ("good", "raw"):
+        cli(c2i_grpo, *forced, "--data-path", name, "--extract-codes", name)
+    one, two = (np.load(f"{name}/imagenet256_codes/3.npy") for name in ("good", "raw"))
+    assert np.array_equal(one, two)
 
 
 @pytest.mark.parametrize("image, label", [("image", "labels"), ("image_path", "label"), ("file", "label"),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +304,17 @@ def test_the_dropout_mask_of_a_draw_is_replayed(monkeypatch):
     assert len(losses) == 15 and all(stats["ratio_max"] == 1 for _, (_, stats) in losses)
 
 
+def test_masks_and_draws_are_of_two_random_streams(monkeypatch):
+    """One seed for both would draw the class with the numbers that drop its features."""
+    draws, seeds, real = watch(monkeypatch, "draw"), [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
+    tiny_run("--epochs", 1, "--updates", 2, "--use-lora")
+    of_draws = {args[2].initial_seed() for args, _ in draws}
+    of_masks = seeds[-10:]  # five steps, two passes each
+    assert len(of_draws) == len(set(of_masks)) == 5 and not of_draws & set(of_masks)
+    assert of_masks[::2] == of_masks[1::2]
+
+
 def test_logit_scale_is_clamped_at_100_and_can_be_frozen():
     model, config = make()
     with torch.no_grad():
@@ -584,12 +596,22 @@ def test_texts_that_do_not_fit(refused, tmp_path):
     refused([*tiny, "digits", "--other-templates", "{ }"], "'{ }'", "{}")
     refused([*tiny, "digits", "--templates", "{} " + "very " * 30], "longer than the model's context of 24")
     image_folder(tmp_path / "made")
-    refused([*tiny, "made", "--classnames", "none.txt"], "none.txt", "no such file")
+    refused([*tiny, "made", "--classnames", "none.txt"], "none.txt", "No such file")
+    (tmp_path / "latin.txt").write_bytes("red_thing r\u00f6t\n".encode("latin-1"))
+    refused([*tiny, "made", "--classnames", "latin.txt"], "latin.txt", "UTF-8")
     (tmp_path / "names.txt").write_text("red_thing red thing\n")
     refused([*tiny, "made", "--classnames", "names.txt"], "blue_thing")
     for part in ("train", "val"):
         (tmp_path / "made" / part / "red_thing").rename(tmp_path / "made" / part / "n01440764")
     refused([*tiny, "made"], "n01440764", "--classnames")
+
+
+def test_words_of_other_tools(tmp_path, capsys):
+    """A byte-order mark, another Unicode form than the folder's, and two classes with one word."""
+    apart = unicodedata.normalize("NFD", "caf\u00e9 coffee\ndog coffee, black\n")
+    (tmp_path / "words.txt").write_text(apart, encoding="utf-8-sig")
+    assert clip_data.class_words(["caf\u00e9", "dog"], "made", "words.txt") == ["coffee", "coffee"]
+    assert "several classes are called coffee" in capsys.readouterr().out
 
 
 def test_settings_that_can_not_work(refused, tmp_path):

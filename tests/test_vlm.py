@@ -3,6 +3,8 @@ import csv
 import json
 import math
 import os
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from vision import rewards, vlm_grpo  # noqa: E402
 from vision.vlm.data import (  # noqa: E402
     Scorer,
     draw,
+    load_data,
     load_examples,
     original,
     parse_answer,
@@ -104,9 +107,26 @@ def fails(capsys, *words):
     ("at 12 , 34, I think", (12, 34)),
     ("(-12, 34)", None), ("12, -34", None), ("−12, 34", None), ("1, 2, 3", None), ("1,2,3,4,5", None),
     ("12", None), ("12 34", None), ("", None), ("none", None), ("1e3, 5", None), ("nan, inf", None),
-    ("(1, 2, 3) then (4, 5)", None), ("v1.2.3, 4", None)])
+    ("(1, 2, 3) then (4, 5)", None), ("v1.2.3, 4", None),
+    # thinking is no answer, nor is what was cut within it
+    ("<think>not (1, 2)</think><answer>[10, 20, 30, 40]</answer>", (10, 20, 30, 40)),
+    ("not (1, 2)</think> (3, 4)", (3, 4)), ("<think>maybe (1, 2)", None), ("<answer>(5, 6)", (5, 6)),
+    ("1, 2: <answer>(5, 6)</answer>", (5, 6)), ("(1, 2) <answer>none</answer>", None),
+    # full-width characters are read, any dash before a number is a minus
+    ("（１２，３４）", (12, 34)), ("12、34", (12, 34)), ("\uff0d12, 34", None), ("\u201312, 34", None),
+    ("at \u2013 12, 34", (12, 34)), ("10\u201320, 30", None), ("1, 2, 3px", None), ("12, 34px", None)])
 def test_parsing(text, said):
     assert parse_answer(text) == said
+
+
+@pytest.mark.parametrize("text", ["1" + " " * 50_000, " " * 50_000, "(" * 50_000, "1 ," * 20_000 + "x",
+                                  "x " * 20_000, "1,2" + "." * 50_000 + "a", "<think>" * 10_000,
+                                  "<answer>" * 10_000, "</think>" * 10_000, "1" * 50_000 + ",1", "x" + " " * 50_000])
+def test_a_long_answer_takes_no_long_time(text):
+    """Linear: hundredths of a second. Quadratic were several seconds."""
+    clock = time.process_time()
+    parse_answer(text)
+    assert time.process_time() - clock < 0.5
 
 
 def test_rewards_by_hand():
@@ -202,7 +222,42 @@ def test_bad_examples(capsys, start, changed, said):
     assert said in line and not Path("out").exists()
 
 
+def test_a_file_of_other_tools(processor):
+    """A byte-order mark, and U+2028 within a string, which is no end of a line."""
+    user_file(12, "a.jsonl")
+    rows = Path("a.jsonl").read_text().replace("where is", "where\u2028is")
+    Path("a.jsonl").write_text(rows, encoding="utf-8-sig")
+    assert {row["prompt"] for row in load_examples("a.jsonl", ".", processor)} == {"where\u2028is the 7?"}
+
+
+def test_an_image_is_never_in_both_parts(processor):
+    rows = json.loads(Path(user_file(12)).read_text())
+    for i, row in enumerate(rows):
+        row["image"] = f"{i % 4}.png"  # three questions about each
+    Path("data.json").write_text(json.dumps(rows))
+    train, held_out = load_data(vlm_grpo.Args(data="data.json"), processor)
+    assert {row["image"] for row in held_out} == {"3.png"} and len(train) == 9
+
+
+def test_boxes_in_another_unit_are_named(processor, capsys):
+    rows = json.loads(Path(user_file(12)).read_text())
+    Path("data.json").write_text(json.dumps([row | {"solution": [0.1, 0.2, 0.3, 0.4]} for row in rows]))
+    load_examples("data.json", ".", processor)
+    assert "shares of the sides" in capsys.readouterr().err
+
+
+def test_pixels_are_those_of_the_upright_image(processor):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.new("RGB", (90, 150)).save("0.jpg", exif=tags)  # it is shown 150 wide
+    row = {"image": "0.jpg", "prompt": "?", "solution": [100, 10, 149, 80]}
+    Path("a.jsonl").write_text(json.dumps(row))
+    assert load_examples("a.jsonl", ".", processor)[0]["size"] == (150, 90)
+
+
 @pytest.mark.parametrize("text, said", [
+    ('{"a": ' + "9" * 5000 + "}", "line 1"), ('{"a": 1}\n' + "[" * 100_000, "wrong JSON at line 2"),
+    ('{"image": "0.png", "prompt": "\\ud800", "solution": [1, 2]}', "wanted {image"),
     ("", "no examples"), ("[]", "no examples"), ('[{"a": 1},\n {"b" 2}]', "line 2, column 7"),
     ('{"a": 1}\n{"b": }\n', "line 2, column 7"), ("[1]", "example 0")])
 def test_bad_files(capsys, start, text, said):
@@ -378,6 +433,31 @@ def test_lora_trains_adapters_alone(start, engine):
                "--distance", 1, "--beta", 0.1)
     assert float(rows[0]["kl"]) == 0 and float(rows[0]["grad_norm"]) > 0 and float(rows[1]["kl"]) > 0
     assert Path("out/vlm/final/adapter_model.safetensors").is_file()
+
+
+def test_a_run_goes_on_from_its_own_adapters(start, capsys):
+    """The second run starts where the first one ended, in both engines, and its adapters name that start."""
+    words = ["--model", start, "--engine", "nano", "--use_lora", "--lora_r", 2, "--steps", 2, "--lr", 0.03]
+    run(*words, "--distance", 1, "--out", "one", log="one.csv")
+    said = fails(capsys, *SMALL, "--model", "one/final", "--out", "one", "--log", "x.csv")
+    assert "lies in --out one" in said
+    ended = load_model("one/final")
+    assert all(p.requires_grad for p in ended.parameters())
+    weight = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(ended.state_dict()[weight], load_model(start).state_dict()[weight])
+    for engine in ("nano", "trl"):
+        words = ["--model", "one/final", "--engine", engine, "--use_lora", "--steps", 1, "--out", engine]
+        row = run(*words, log=f"{engine}.csv")[0]
+        assert float(row["kl"]) == 0
+        base = json.loads(Path(engine, "final", "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert torch.equal(load_model(base).state_dict()[weight], ended.state_dict()[weight])
+
+
+def test_damaged_weights_are_one_line(start, capsys):
+    shutil.copytree(start, "cut")
+    for file in Path("cut").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:1000])
+    assert "can't be loaded" in fails(capsys, *SMALL, "--model", "cut")
 
 
 def test_a_field_of_trl_passes_through(start, monkeypatch):

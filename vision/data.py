@@ -5,20 +5,24 @@ with any number of workers. A flip is drawn by the loop, for the whole batch. Bo
 Left out: augmentation beyond the flip, streaming data sets.
 """
 import functools
+import io
 import os
+import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from utils.cli import die, impatient, need
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINDS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+JUNK = re.compile(r"\.|(__MACOSX|@eaDir|@Recycle|#recycle|\$RECYCLE\.BIN|lost\+found)$")  # left by tools
 
 
 class Images(Dataset):
@@ -39,8 +43,9 @@ class Images(Dataset):
             return self.images[i], self.targets[i], self.names[i]
         try:
             return *self.read(self.images[i], self.targets[i]), self.names[i]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return None, str(error), str(self.images[i])
+        except Exception as error:  # on damaged bytes PIL raises nearly anything
+            why = f"{type(error).__name__}: {error}".split("\n")[0]
+            return None, why, str(self.images[i])
 
     def sample(self, n, generator, each_class=False):
         """The first n items, or the first n of each class, in an order drawn from the generator."""
@@ -71,21 +76,27 @@ def batches(data, batch_size, seed=0, start=0, steps=None, num_workers=0, bad_im
     else:
         index = [step_index(len(data), batch_size, seed, step) for step in range(start, steps)]
     loader = DataLoader(data, batch_sampler=[i.tolist() for i in index], num_workers=num_workers,
-                        collate_fn=list)
-    for items in loader:
-        for image, error, path in items:
-            if image is None and bad_images == "refuse":
+                        collate_fn=stack)
+    for images, targets, names, bad in loader:
+        for path, error in bad:
+            if bad_images == "refuse":
                 die(f"{path}: not readable as an image ({error}). Mend or remove it, or give --bad_images "
                     "skip")
-            if image is None:
-                data.skipped.add(path)
-        items = [item for item in items if item[0] is not None]
-        if not items and steps is None and len(data.skipped) < len(data):
-            continue
-        if not items:
+            data.skipped.add(path)
+        if names:
+            yield images, targets, names
+        elif steps is not None or len(data.skipped) == len(data):
             die(f"none of the {batch_size} images of a batch can be read: {path} is the last of them")
-        images, targets, names = zip(*items)
-        yield torch.stack(images), torch.stack(targets), list(names)
+
+
+def stack(items):
+    """Items -> images, targets, names, bad ones. Each tensor that a worker sends is an open file."""
+    bad = [(path, error) for image, error, path in items if image is None]
+    items = [item for item in items if item[0] is not None]
+    if not items:
+        return None, None, [], bad
+    images, targets, names = zip(*items)
+    return torch.stack(images), torch.stack(targets), list(names), bad
 
 
 def step_index(n, batch_size, seed, step):
@@ -131,16 +142,31 @@ def split_folders(root):
 
 
 def class_files(folder):
-    """-> class names, files, labels; ImageNet's layout, read by torchvision: a folder a class."""
-    torchvision_folder = need("torchvision.datasets.folder", "vision")
-    try:
-        classes, index = torchvision_folder.find_classes(folder)
-        samples = torchvision_folder.make_dataset(folder, index, KINDS)
-    except FileNotFoundError as error:
-        die(f"{folder} has no images of a class ({error}): wanted a folder for each class, with images in it")
-    if len(classes) < 2:
-        die(f"{folder} has {len(classes)} class folder: wanted at least 2")
-    return classes, [path for path, _ in samples], [torch.tensor(label) for _, label in samples]
+    """-> class names, files, labels; ImageNet's layout: a folder a class, its files at any depth."""
+    paths = sorted(path for path in folder.iterdir() if path.is_dir() and not JUNK.match(path.name))
+    names = [unicodedata.normalize("NFC", path.name) for path in paths]  # a zip made on macOS has NFD
+    alike = {}
+    for name in names:
+        other = alike.setdefault(" ".join(name.casefold().replace("_", " ").split()), name)
+        if other is not name:
+            die(f"{folder}: classes {other!r} and {name!r} are one but for case, _ or accents: rename one")
+    by_class = dict(sorted(zip(names, (files_below(path) for path in paths))))
+    if empty := [name for name, files in by_class.items() if not files]:
+        die(f"{folder} has no images of {', '.join(empty[:5])}: wanted some in every class's folder")
+    if len(names) < 2:
+        die(f"{folder} has {len(names)} class folder: wanted at least 2")
+    labels = [torch.tensor(i) for i, files in enumerate(by_class.values()) for _ in files]
+    return list(by_class), sum(by_class.values(), []), labels
+
+
+def files_below(folder, kinds=KINDS):
+    """The files of these kinds at any depth, sorted, without hidden ones and what tools leave (JUNK)."""
+    paths = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not JUNK.match(name)]
+        names = [name for name in names if name.lower().endswith(kinds) and not JUNK.match(name)]
+        paths += [os.path.join(root, name) for name in names]
+    return sorted(paths)
 
 
 def read_class(size, normalise, path, label):
@@ -155,11 +181,37 @@ def centre(image, shorter, size, interpolation="bilinear"):
     return transforms.center_crop(image, size)
 
 
-def open_rgb(path):
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip it to white
-            image = Image.fromarray((np.array(image) / 257).clip(0, 255).astype("uint8"))
-        return image.convert("RGB")
+def open_upright(source):
+    """The image in a file, or in a row of `datasets`, turned as its EXIF says; of several the first."""
+    if isinstance(source, dict):  # `datasets` did not decode it
+        source = source["bytes"] or source["path"]
+    if isinstance(source, (str, Path)):  # given a name, Pillow 13 garbles a TIFF that lies on its side
+        source = Path(source).read_bytes()
+    with Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source as image:
+        upright = ImageOps.exif_transpose(image)
+        upright.format = image.format
+        return upright
+
+
+def open_rgb(source):
+    """The same as RGB, on white where it is transparent.
+
+    16-bit pixels are scaled from 0 … 65535, floats from 0 … 1. 32-bit integers are 0 … 255. What can't be
+    decided raises ValueError.
+    """
+    image = open_upright(source)
+    if image.mode[0] in "IF":
+        values = np.array(image)
+        is_16_bit = image.mode != "I" or image.format in ("PNG", "PPM")
+        top = 1 if image.mode == "F" else 65535 if is_16_bit else 255
+        if not 0 <= values.min() <= values.max() <= top or "transparency" in image.info:
+            raise ValueError(f"{values.dtype} from {values.min()} to {values.max()}: wanted 0 … {top}, none "
+                             "transparent")
+        image = Image.fromarray((values / top * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def to_tensor(image, normalise=True):

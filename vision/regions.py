@@ -4,6 +4,8 @@ Left out: several boxes an image, categories, run-length masks.
 """
 import functools
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils.cli import die
-from vision.data import KINDS, Data, Images, digit_arrays, open_rgb, split_folders, to_tensor
+from vision.data import (
+    Data, Images, digit_arrays, files_below, open_rgb, open_upright, split_folders, to_tensor)
 
 
 def digit_scenes(n, size=32, digits=1, seed=0, split="train", sides=(0.35, 0.65)):
@@ -68,44 +71,66 @@ def load_regions(task, root, size):
 
 
 def coco_boxes(folder):
-    """-> files, boxes (x1, y1, x2, y2 as shares of the sides); images without a box are left out."""
-    files = sorted(folder.rglob("*.json"))
+    """-> files, targets: the largest box (x, y, width, height) and the image's (width, height), in pixels.
+
+    Crowds and boxes without area are left out and counted, images without another box are left out.
+    """
+    files = files_below(folder, ".json")
     if len(files) != 1:
         die(f"{folder} holds {len(files)} JSON files: wanted one, COCO's, beside the images")
-    file = files[0]
+    file, largest, left_out, every = Path(files[0]), {}, 0, []
     try:
-        content = json.loads(file.read_text())
-        images = {image["id"]: image for image in content["images"]}
-        annotations = [(a["id"], images[a["image_id"]], [float(v) for v in a["bbox"]])
-                       for a in content["annotations"]]
-        sizes = {i: (float(image["width"]), float(image["height"])) for i, image in images.items()}
-        paths = {i: file.parent / image["file_name"] for i, image in images.items()}
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        images = {image["id"]: (str(file.parent / image["file_name"]), float(image["width"]),
+                                float(image["height"])) for image in content["images"]}
+        if len(images) < len(content["images"]):
+            raise ValueError("two images have one id")
+        for note in content["annotations"]:
+            path, width, height = images[note["image_id"]]
+            x, y, w, h = box = [float(v) for v in note["bbox"]]
+            if not (-1 <= x < width and -1 <= y < height and 0 <= w <= width + 1 - x and
+                    0 <= h <= height + 1 - y):
+                die(f"{file}: annotation {note['id']} has bbox {box}: wanted x, y, width, height in pixels "
+                    f"of the {width:g} × {height:g} of {Path(path).name}")
+            if note.get("iscrowd") or not w * h:
+                left_out += 1
+                continue
+            every.append((box, (width, height)))
+            if w * h > largest.get(path, (0,))[0]:
+                largest[path] = (w * h, every[-1])
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         die(f"{file} is no COCO JSON ({type(error).__name__}: {error}): wanted images (id, file_name, "
             "width, height) and annotations (id, image_id, bbox = [x, y, width, height])")
-    largest = {}
-    for number, image, box in annotations:
-        width, height = sizes[image["id"]]
-        x, y, w, h = box if len(box) == 4 else (0, 0, 0, 0)
-        inside = 0 <= x < width and 0 <= y < height and x + w <= width + 1 and y + h <= height + 1
-        if not (w > 0 and h > 0 and inside):
-            die(f"{file}: annotation {number} has bbox {box}: wanted x, y, width, height in pixels of "
-                f"the {width:g} × {height:g} of {paths[image['id']].name}")
-        if w * h > largest.get(image["id"], (0,))[0]:
-            share = torch.tensor([x / width, y / height, (x + w) / width, (y + h) / height]).clamp(max=1)
-            largest[image["id"]] = (w * h, str(paths[image["id"]]), share)
-    for _, path, _ in largest.values():
-        if not Path(path).is_file():
+    for path in largest:
+        if not os.path.isfile(path):
             die(f"{file} names {Path(path).name}, which isn't in {file.parent}")
     if not largest:
-        die(f"{file} has no annotation: wanted at least one box")
-    return [path for _, path, _ in largest.values()], [share for _, _, share in largest.values()]
+        die(f"{file} has no annotation with an area: wanted at least one box")
+    if left_out:
+        print(f"{file}: left out {left_out} crowds and boxes without area")
+    warn_of_units(file, every, "x1, y1, x2, y2", lambda x, y, w, h, width, height: x < w and y < h)
+    return list(largest), [target for _, target in largest.values()]
+
+
+def warn_of_units(file, boxes, order, fits):
+    """Warns where all boxes fit another unit or order, too. A run on such data would earn nothing.
+
+    boxes: [(numbers of the file, (width, height))]. fits(*box, width, height): can a box be in that order?
+    """
+    numbers = [v for box, _ in boxes for v in box]
+    beyond = sum(width > 1200 or height > 1200 for _, (width, height) in boxes)  # 1000 can be exceeded
+    moved = [(*box, *size) for box, size in boxes if len(box) == 4 and any(box[:2])]  # else both are alike
+    looks = ("shares of the sides, 0 … 1" if max(numbers) <= 1 else
+             "thousandths of the sides, 0 … 1000" if max(numbers) <= 1000 and beyond >= 10 else
+             order if len(moved) >= 10 and all(fits(*row) for row in moved) else "")
+    if looks:
+        print(f"warning: {file}: all boxes look like {looks}: wanted pixels of the image, see docs/vision/",
+              file=sys.stderr)
 
 
 def mask_files(folder):
     """-> images, and their masks' files."""
-    files = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in KINDS and p.is_file())
-    images = [path for path in files if not Path(path).stem.endswith("_mask")]
+    images = [path for path in files_below(folder) if not Path(path).stem.endswith("_mask")]
     masks = [str(Path(p).with_name(Path(p).stem + "_mask.png")) for p in images]
     for image, mask in zip(images, masks):
         if not Path(mask).is_file():
@@ -115,15 +140,23 @@ def mask_files(folder):
     return images, masks
 
 
-def read_box(size, path, box):
-    return to_tensor(open_rgb(path).resize((size, size))), box
+def read_box(size, path, target):
+    image, ((x, y, w, h), sides) = open_rgb(path), target
+    if image.size != sides:
+        raise ValueError(f"{image.size} pixels in the file, upright; the COCO JSON says {sides}")
+    box = torch.tensor([x, y, x + w, y + h]) / torch.tensor(sides * 2)
+    return to_tensor(image.resize((size, size))), box.clamp(0, 1)
 
 
 def read_mask(size, path, mask_path):
-    image = open_rgb(path)
-    with Image.open(mask_path) as mask:
-        if image.size != mask.size:
-            raise ValueError(f"{mask.size} pixels in the mask, {image.size} in the image")
-        mask = mask.convert("L").resize((size, size), Image.Resampling.NEAREST)
-        target = torch.from_numpy(np.array(mask) > 0).long()
-        return to_tensor(image.resize((size, size))), target
+    """The mask is where its file isn't black, whatever the type of its pixels."""
+    image, mask = open_rgb(path), open_upright(mask_path)
+    if image.size != mask.size:
+        raise ValueError(f"{mask.size} pixels in the mask, {image.size} in the image")
+    pixels = np.array(mask if mask.mode[0] in "IF" else mask.convert("RGB"))
+    ink = (pixels != 0).reshape(*pixels.shape[:2], -1).any(2)
+    see_through = mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255
+    if see_through or mask.mode == "P" and (ink != (np.array(mask) != 0)).any():
+        raise ValueError("a mask with transparent pixels, or a palette whose 0 isn't black: wanted grey")
+    mask = Image.fromarray(ink).resize((size, size), Image.Resampling.NEAREST)
+    return to_tensor(image.resize((size, size))), torch.from_numpy(np.array(mask)).long()

@@ -55,7 +55,8 @@ def grid(path, images, truth, rows, names=None):
             if true.dim() == 0:
                 right = true == answer
                 caption = names[answer] if right else f"{names[answer]}, not {names[true]}"
-                ax.set_title(caption[:22], fontsize=7, color="#1a7f37" if right else "#c0392b")
+                color = "#1a7f37" if right else "#c0392b"
+                ax.set_title(caption[:22], fontsize=7, color=color, parse_math=False)
             elif true.shape == (4,):
                 for box, color in ((true, "#2ecc71"), (answer, "#e74c3c")):
                     x1, y1, x2, y2 = (box.cpu() * torch.tensor([width, height, width, height]) - 0.5).tolist()

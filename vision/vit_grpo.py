@@ -132,7 +132,7 @@ def begin(args, run):
     steps = 0 if args.resume else args.sft_steps  # the checkpoint holds the start
     for step, images, target in supervised_steps(policy, train, steps, args.seed, args.sft_lr,
                                                  num_workers=args.num_workers, bad_images=args.bad_images):
-        images = flip(images, step_generator(args.seed, step)) if data.flip else images
+        images = flip(images, step_generator(args.seed, -1 - step)) if data.flip else images
         logq = log_probs(policy, images.to(run.device), step, args, run)
         action = as_actions(config, target)[:, :, None].to(run.device)
         (-logq.gather(2, action).mean()).backward()

@@ -12,6 +12,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import utils  # before torch: it sets how OpenMP's threads wait
@@ -88,6 +89,8 @@ def refuse(args):
         die("--trl.NAME and several processes go with --engine trl only")
     if world() > 1 and not args.model:
         die("several processes need --model: one process makes the tiny one")
+    if args.model and Path(args.out).resolve() in Path(args.model).resolve().parents:
+        die(f"--model {args.model} lies in --out {args.out}, where this run writes: name another --out")
     for package in ("transformers", "torchvision", *(("trl", "datasets") if args.engine == "trl" else ()),
                     *(("peft",) if args.use_lora else ())):
         need(package, "vlm")
@@ -271,6 +274,10 @@ def main(args):
         save_folder(path, *models.supervise(scenes(3000, args.seed, "train"), args.sft_steps, args.sft_lr,
                                             args.seed, device, args.start_accuracy))
         print(f"supervised the tiny model for {time.perf_counter() - clock:.0f} s: {path}")
+    if models.has_adapter(path):  # the run begins with whole weights: TRL can't read an adapter's folder
+        path = f"{args.out}/merged"
+        if not state:
+            save_folder(path, load_model(args.model), processor)
     order = torch.stack([step_index(len(train), B, args.seed, s) for s in range(args.steps)])  # (steps, B)
     progress = Progress(args, processor, held_out[:args.eval_examples], scorer, batch, device, state)
     before, first_texts = progress.evaluate(load_model(path).to(device))

@@ -6,6 +6,8 @@ augmentations, or empty (0,) where the run needs the label alone. Code files lie
 Left out: augmentation, streaming. Run: python -m vision.c2i_grpo
 """
 import functools
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from utils.cli import atomic_write, die, need
+from utils.ranks import first_on_rank_0
 from utils.run import step_generator
 from vision import data as vision_data
 from vision.data import Images, open_rgb, step_index
@@ -26,7 +29,7 @@ def load_data(args, is_digits, T):
     """-> Images. Those of --data-path are read only if teacher forcing or --extract-codes needs them."""
     if args.code_path:
         stem = f"{args.code_path}/imagenet{args.image_size}"
-        numbers = range(len(list(Path(f"{stem}_codes").glob("*.npy"))))
+        numbers = range(len(list(Path(f"{stem}_codes").glob("[0-9]*.npy"))))
         if not numbers:
             die(f"--code-path {args.code_path} has no {Path(stem).name}_codes/*.npy: write them with "
                 "--extract-codes DIR")
@@ -67,6 +70,8 @@ def open_saved(path, num_classes):
                 f"{', '.join(names)}")
     try:
         labels = torch.tensor(data[columns[1]][:])
+        if labels.dtype != torch.long or labels.dim() != 1:
+            raise ValueError(f"labels of {labels.dtype}, shape {tuple(labels.shape)}: wanted whole numbers")
         in_range("labels", labels, num_classes)
     except (RuntimeError, TypeError, ValueError) as error:
         die(f"--data-path {path}: {error} (--num-classes {num_classes})")
@@ -75,9 +80,9 @@ def open_saved(path, num_classes):
 
 def read_image(rows, column, folder, size, i, label):
     image = rows[i][column]
-    if isinstance(image, str):
-        image = open_rgb(image if Path(image).is_file() else Path(folder) / image)
-    pixels = torch.from_numpy(np.array(center_crop(image.convert("RGB"), size)))
+    if isinstance(image, str) and not Path(image).is_file():
+        image = Path(folder) / image
+    pixels = torch.from_numpy(np.array(center_crop(open_rgb(image), size)))
     return pixels.permute(2, 0, 1) / 127.5 - 1, label
 
 
@@ -106,12 +111,17 @@ def read_codes(stem, T, codebook_size, num_classes, i, _):
 
 def read(data, indices, num_workers):
     """For each list of indices: a tuple of x, and labels (B,). An item that can't be read ends the run."""
-    for items in DataLoader(data, batch_sampler=indices, num_workers=num_workers, collate_fn=list):
+    for items in DataLoader(data, batch_sampler=indices, num_workers=num_workers, collate_fn=as_arrays):
         for x, why, i in items:
             if x is None:
                 die(f"image {i} of --data-path or --code-path can't be read ({why})")
         x, labels, _ = zip(*items)
-        yield x, torch.stack(labels)
+        yield [torch.from_numpy(part) for part in x], torch.tensor(labels)
+
+
+def as_arrays(items):
+    """A worker's items without tensors, each of which would be an open file of this process."""
+    return [item if item[0] is None else (item[0].numpy(), int(item[1]), item[2]) for item in items]
 
 
 def batches(data, batch_size, seed, start, steps, num_workers, rank, world):
@@ -123,18 +133,32 @@ def batches(data, batch_size, seed, start, steps, num_workers, rank, world):
     index = (step_index(len(data), batch_size, seed, s).tolist()[rank::world] for s in range(start, steps))
     for step, (x, labels) in enumerate(read(data, index, num_workers), start):
         if x[0].dim() == 2:
-            draws = torch.rand(batch_size, generator=step_generator(seed, step))[rank::world].tolist()
+            draws = torch.rand(batch_size, generator=step_generator(-1 - seed, -step))[rank::world].tolist()
             x = [codes[int(u * len(codes))] for codes, u in zip(x, draws)]
-        yield torch.stack(list(x)), labels
+        yield torch.stack(x), labels
 
 
 def write_codes(data, vq, args, device, rank, world):
-    """--extract-codes: for each image codes (1, 1, T) and label (1,). A process writes every world-th."""
+    """--extract-codes: for each image codes (1, 1, T) and label (1,). A process writes every world-th.
+
+    The two folders get their names when they are whole. What is there already is not overwritten.
+    """
+    stems = [f"{args.extract_codes}/imagenet{args.image_size}_{part}" for part in ("codes", "labels")]
+    for stem in stems:
+        if Path(stem).exists():
+            die(f"--extract-codes: {stem} is there already, its files would mix with these: remove it, or name "
+                "another folder")
+        if rank == 0:
+            shutil.rmtree(f"{stem}.part", ignore_errors=True)
+    first_on_rank_0(lambda: None)  # until rank 0 has cleared up
     parts = [part.tolist() for part in torch.arange(rank, len(data), world).split(args.sample_batch_size)]
     for part, (x, labels) in zip(parts, read(data, parts, args.num_workers)):
         codes = vq.encode(torch.stack(x).to(device)).flatten(1).cpu()
         for i, row, label in zip(part, codes.numpy(), labels.numpy()):
-            stem = f"{args.extract_codes}/imagenet{args.image_size}"
-            atomic_write(f"{stem}_codes/{i}.npy", lambda file: np.save(file, row[None, None]))
-            atomic_write(f"{stem}_labels/{i}.npy", lambda file: np.save(file, label[None]))
+            for stem, array in zip(stems, (row[None, None], label[None])):
+                atomic_write(f"{stem}.part/{i}.npy", lambda file: np.save(file, array))
+    first_on_rank_0(lambda: None)  # until all have written theirs
+    if rank == 0:
+        for stem in reversed(stems):
+            os.replace(f"{stem}.part", stem)
     print(f"wrote the codes of {len(data)} images to {args.extract_codes}")

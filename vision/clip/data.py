@@ -3,6 +3,7 @@ import functools
 import math
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -49,13 +50,18 @@ def load(args):
 def class_words(classes, dataset, names_file=""):
     """Folder names -> words: the user's file's, a digit's, ImageNet's, or their own with spaces for _."""
     if names_file:
-        if not Path(names_file).is_file():
-            die(f"--classnames {names_file}: no such file. Wanted a line FOLDER WORDS a class")
-        lines = [line.split(maxsplit=1) for line in Path(names_file).read_text().splitlines()]
+        try:
+            text = unicodedata.normalize("NFC", Path(names_file).read_text(encoding="utf-8-sig"))
+        except (OSError, UnicodeDecodeError) as error:
+            die(f"--classnames {names_file} can't be read ({error}): wanted UTF-8, lines FOLDER WORDS")
+        lines = [line.split(maxsplit=1) for line in text.splitlines()]
         words = {line[0]: line[1].split(",")[0] for line in lines if len(line) == 2}
         if lost := [name for name in classes if name not in words]:
             die(f"--classnames {names_file} has no line for {', '.join(lost[:5])}: wanted one a class")
-        return [words[name] for name in classes]
+        words = [words[name] for name in classes]
+        if twins := sorted({word for word in words if words.count(word) > 1}):
+            print(f"warning: several classes are called {', '.join(twins[:5])}: CLIP can't tell them apart")
+        return words
     if dataset == "digits":
         return list(clip_model.DIGITS)
     wnids = [name for name in classes if re.fullmatch(r"n\d{8}", name)]

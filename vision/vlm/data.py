@@ -6,6 +6,7 @@ of the original image, as the solution's are. Left out: several boxes an example
 """
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -14,22 +15,28 @@ import torch
 from utils.cli import die
 from vision import rewards
 from vision.data import open_rgb, to_tensor
-from vision.regions import digit_scenes
+from vision.regions import digit_scenes, warn_of_units
 from vision.show import grid
 
-NUMBER = r"-?\d+(?:\.\d+)?"
-CHAIN = re.compile(rf"(?<![\w.,\-−])[(\[]?\s*({NUMBER}(?:\s*[)\]]?\s*,\s*[(\[]?\s*{NUMBER})+)(?![\w.]*\w)")
+ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # from full-width forms
+ASCII |= dict.fromkeys(map(ord, "‐‑‒–—―−"), "-") | {ord("、"): ","}
+NUMBER = r"-?\d++(?:\.\d++)?+"  # ++ gives nothing back, so that a long text takes linear time
+COMMA = r"\s*+(?:[)\]]\s*+)?,\s*+(?:[(\[]\s*+)?"
+CHAIN = re.compile(rf"(?<![\w.,\-])({NUMBER}(?:{COMMA}{NUMBER})++)(?![\w.]*\w)")
 NAMED = re.compile(r"""["']?\b[xy][12]?["']?\s*[:=]\s*""")  # the names in: "x": 12, "y": 34
 
 
 def parse_answer(text):
     """The first point (x, y) or box (x1, y1, x2, y2) in a text, as floats, or None.
 
-    It is the first run of numbers with commas between them. Brackets, keys and words may stand beside it. A
-    run of two is a point, one of four a box. Another length or a negative number is no answer. What follows
-    the first run is not read, so a text that could mean two things earns nothing.
+    It is the first run of numbers with commas between them, in <answer>…</answer> if there is one, and never
+    in <think>…</think>. Brackets, keys and words may stand beside it. A run of two is a point, one of four a
+    box. Another length or a negative number (any dash) is no answer. Full-width characters count as ASCII.
+    What follows the first run is not read, so a text that could mean two things earns nothing.
     """
-    chain = CHAIN.search(NAMED.sub("", text))
+    text = re.sub(r"(?s)^.*</think>|<think>.*", "", text.translate(ASCII))
+    tagged = re.search(r"(?s)<answer>(.*?)(</answer>|$)", text)
+    chain = CHAIN.search(NAMED.sub("", tagged[1] if tagged else text))
     values = [float(v) for v in re.findall(NUMBER, chain[1])] if chain else []
     return tuple(values) if len(values) in (2, 4) and min(values) >= 0 else None
 
@@ -114,29 +121,35 @@ def load_data(args, processor):
     train = load_examples(args.data, args.images_root, processor)
     if args.eval_data:
         return train, load_examples(args.eval_data, args.images_root, processor)
-    cut = len(train) - max(1, len(train) // 10)
-    return train[:cut], train[cut:]
+    images = list(dict.fromkeys(row["image"] for row in train))
+    held_out = images[-max(1, len(images) // 10):]  # an image is never in both parts
+    return [[row for row in train if (row["image"] in held_out) == part] for part in (False, True)]
 
 
 def load_examples(path, root, processor):
     """JSON (a list) or JSONL of {image, prompt, solution, …}; all are checked before anything trains."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         die(f"{path} can't be read ({error}): wanted a JSON or JSONL file")
     is_list = text.lstrip().startswith("[")
     rows = []
-    for number, line in enumerate([text] if is_list else text.splitlines(), 1):
+    for number, line in enumerate([text] if is_list else text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                place = f"line {number + error.lineno - 1}, column {error.colno}"
-                die(f"{path}: wrong JSON at {place}: {error.msg}")
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
+                line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
+                place = f"line {number + line - 1}, column {column}"
+                die(f"{path}: wrong JSON at {place}: {getattr(error, 'msg', error)}")
             rows += row if is_list else [row]
     if not rows:
         die(f"{path} has no examples: wanted at least one {{image, prompt, solution}}")
-    return [check(row, f"{path}: example {i}", root, processor) for i, row in enumerate(rows)]
+    examples = [check(row, f"{path}: example {i}", root, processor) for i, row in enumerate(rows)]
+    boxes = [(row["solution"], example["size"]) for row, example in zip(rows, examples)]
+    warn_of_units(path, boxes, "x, y, width, height",
+                  lambda x, y, w, h, width, height: x + w <= width and y + h <= height)
+    return examples
 
 
 def numbers(row, name, lengths):
@@ -148,10 +161,11 @@ def numbers(row, name, lengths):
 def check(row, where, root, processor):
     """A line of the file as an example, or a message that says what is wrong with it."""
     words = [row.get(name) for name in ("image", "prompt")] if isinstance(row, dict) else [None]
-    if not all(word and isinstance(word, str) for word in words):
+    if not all(isinstance(word, str) and word and word.encode(errors="ignore").decode() == word
+               for word in words):
         die(f"{where}: wanted {{image: FILE, prompt: a text, solution: [x1, y1, x2, y2] or [x, y]}}")
     path = Path(root, row["image"])
-    if not path.is_file():
+    if not os.path.isfile(path):
         die(f"{where}: no image {path}: mend the name, or give --images_root")
     width, height = picture({"image": str(path)}, f"{where}: ").size
     box = numbers(row, "solution", (2, 4))
@@ -177,8 +191,8 @@ def picture(example, where=""):
         return example["image"]
     try:
         return open_rgb(example["image"])
-    except (OSError, SyntaxError, ValueError) as error:
-        die(f"{where}{example['image']} can't be read as an image ({error})")
+    except Exception as error:  # on damaged bytes PIL raises nearly anything
+        die(f"{where}{example['image']} can't be read as an image ({error})".split("\n")[0])
 
 
 def draw(path, examples, rows):

@@ -83,11 +83,20 @@ def load_processor(path):
 
 
 def load_model(path):
+    """The model in fp32. A folder with adapters gives their base with the adapters added to its weights."""
     from transformers import AutoModelForImageTextToText
     try:
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        die(f"--model {path}: its weights can't be loaded ({str(error).splitlines()[0]})")
+        if not has_adapter(path):
+            return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+        peft = need("peft", "vlm")
+        base = load_model(peft.PeftConfig.from_pretrained(path).base_model_name_or_path)
+        return peft.PeftModel.from_pretrained(base, path).merge_and_unload().requires_grad_(True)
+    except Exception as error:  # safetensors and peft have errors of their own
+        die(f"--model {path}: its weights can't be loaded ({str(error).split(chr(10))[0]})")
+
+
+def has_adapter(path):
+    return Path(path, "adapter_config.json").is_file()
 
 
 def save_folder(path, *parts):
