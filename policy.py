@@ -8,6 +8,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 from llama import Llama, LlamaConfig
@@ -20,6 +21,19 @@ from utils.tokenizer import load_tokenizer
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_BYTES = 98_362_432
 SMOLLM2_MD5 = "a1231443440b107ff29f02bdb38c9d0a"
+
+
+PRETRAINED = {  # other defaults of the training scripts, where --policy is no checkpoint of ours
+    "beta": 0.0, "prompts_per_step": 8, "max_new": 12, "steps": 80, "lr_end": 0.1, "eval_pass8": False,
+    "save_every": 40}
+
+
+def defaults(args_class, **more):
+    """The script's defaults, or those for a pretrained model; more: further ones for it."""
+    words = [part for word in sys.argv for part in word.split("=", 1)]
+    named = [source for flag, source in zip(words, words[1:]) if flag == "--policy"]
+    pretrained = named and not named[-1].endswith(".pth")
+    return args_class(**PRETRAINED | more) if pretrained else args_class()
 
 
 def load_policy(source, device="cpu", made_by="python sft.py"):

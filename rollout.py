@@ -118,22 +118,13 @@ class Environment:
         texts, mask = ranks.gather(answers.texts), ranks.gather(answers.mask)
         samples, tokens = ranks.gather(self.drawn[None]).sum(0).tolist()
         self.drawn.zero_()
-        cut = ranks.gather(cut_off(answers, self.tokenizer.stops, self.T)).float().mean()
+        self.cut = ranks.gather(cut_off(answers, self.tokenizer.stops, self.T)).float().mean()
         token_adv = adv.abs().mean() if adv.dim() == 2 else masked_mean(adv.abs(), mask)
         gold = gold_score(self.args, texts, ranks.gather(answers.prompts.texts))
         equal = (reward == reward[:, :1]).all(1).float().mean() if reward.shape[1] > 1 else None
         return {"mean_r": reward.mean(), "token_adv": token_adv, "gold": gold,
                 "length": mask.sum() / len(texts), "distinct": distinct(texts), "frac_zero_std": equal,
-                "frac_cut": cut, "samples": samples, "tokens": tokens}
-
-    def begin(self, step, policy, ref):
-        """What held-out answers earn, every --eval_every steps, else {}; π₀ may move. The clock starts."""
-        due = step % self.args.eval_every == 0
-        held_out = {} if not due else self.first if step == self.run.start else self.evaluate(policy)
-        if self.args.sync_ref_every and step and step % self.args.sync_ref_every == 0:
-            ref.load_state_dict(policy.state_dict())
-        self.run.start_clock()
-        return held_out
+                "frac_cut": self.cut, "samples": samples, "tokens": tokens}
 
     def evaluate(self, policy):
         """What an answer to each held-out prompt earns, always from the same draws, and how good it is."""
@@ -150,3 +141,5 @@ class Environment:
         shown = ", ".join(f"{name} {value:.2f}" for name, value in self.evaluate(policy).items())
         print(f"{self.args.steps} steps, {self.run.counts['seconds']:.0f} s; held out: {shown}; "
               f"wrote {self.args.log} and {self.args.out}/policy.pth")
+        if self.cut > 0.9:
+            print(f"warning: --max_new {self.T} cut {self.cut:.0%} of the last step's answers before their end")

@@ -16,6 +16,7 @@ from utils.cli import AtLeast, die
 @dataclass
 class Techniques:
     # ---- around the loss: off by default ----
+    lr_end: Annotated[float, AtLeast(0.0)] = 1.0  # share of lr to which the learning rate falls, linearly
     overlong: Literal["keep", "mask", "penalty"] = "keep"  # answers cut by --max_new: no loss, or less reward
     overlong_tokens: Annotated[int, AtLeast(1)] = 16  # over so many last tokens the penalty grows from 0 to 1
     entropy_coef: Annotated[float, AtLeast(0.0)] = 0.0  # weight of an entropy bonus
@@ -46,6 +47,22 @@ def pick_objective(args, updates=1):
 def moving(ref, args):
     """What a checkpoint has to hold besides, where --sync_ref_every moves the reference."""
     return {"ref": ref} if args.sync_ref_every else {}
+
+
+def begin(step, env, policy, ref, optimizer):
+    """Before a step: evaluates if it is due, sets the learning rate, may move the reference, starts the clock.
+
+    -> what held-out answers earn, every --eval_every steps, else {}.
+    """
+    args, due = env.args, step % env.args.eval_every == 0
+    held_out = {} if not due else env.first if step == env.run.start else env.evaluate(policy)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group["lr"] = group["initial_lr"] * (1 - (1 - args.lr_end) * step / args.steps)
+    if args.sync_ref_every and step and step % args.sync_ref_every == 0:
+        ref.load_state_dict(policy.state_dict())
+    env.run.start_clock()
+    return held_out
 
 
 def rewarded(answers, env, policy, generator):

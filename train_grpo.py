@@ -14,7 +14,7 @@ import torch
 import techniques
 from answers import minibatches
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from policy import begin, load_policy
+from policy import begin, defaults, load_policy
 from rollout import COLUMNS, Environment
 from utils import ranks
 from utils.cli import AtLeast, parse, program, refusing
@@ -88,7 +88,7 @@ def main(args):
     env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():
-        held_out = env.begin(step, policy, ref)
+        held_out = techniques.begin(step, env, policy, ref, optimizer)
 
         # ---- rollout: G answers to each of B prompts ----
         generator = step_generator(args.seed, step)
@@ -134,4 +134,4 @@ def main(args):
 
 if __name__ == "__main__":
     with ranks.one_voice():
-        main(parse(Args))
+        main(parse(Args, default=defaults(Args, lr=2e-5)))

@@ -13,7 +13,7 @@ import torch
 
 import techniques
 from answers import minibatches
-from policy import begin, load_policy
+from policy import begin, defaults, load_policy
 from ppo import (VALUE_COLUMNS, ValueModel, explained_variance, gae, ppo_policy_loss, token_reward,
                  token_stats, value_loss, whiten)
 from rollout import COLUMNS, Environment
@@ -91,7 +91,7 @@ def main(args):
     env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():
-        held_out = env.begin(step, policy, ref)
+        held_out = techniques.begin(step, env, policy, ref, optimizer)
 
         # ---- rollout: G answers to each of B prompts ----
         generator = step_generator(args.seed, step)
@@ -142,4 +142,4 @@ def main(args):
 
 if __name__ == "__main__":
     with ranks.one_voice():
-        main(parse(Args))
+        main(parse(Args, default=defaults(Args, lr=1e-5, value_lr=1e-4)))

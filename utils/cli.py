@@ -45,14 +45,14 @@ class AtLeast:
     low: float
 
 
-def parse(args_class, presets=None):
+def parse(args_class, presets=None, default=None):
     """Fills args_class from the command line; --preset NAME, at any place, picks one of `presets`.
 
     args_class is a dataclass. Its banners (`# ---- the task ----`) are the groups of --help, its ALIASES the
     historical names of flags, its AtLeast marks the least values. A bad value ends with exit code 2.
     """
     import tyro
-    rest, default, prog = sys.argv[1:], args_class(), program()
+    rest, default, prog = sys.argv[1:], default or args_class(), program()
     rest = canonical_names(rest, getattr(args_class, "ALIASES", {}))
     if presets:
         first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)

