@@ -55,7 +55,7 @@ def main(args):
     if Path("out/llm/state.pth").is_file():
         command.append("--resume")
     print(f"\n$ {' '.join(command)}", flush=True)
-    stage = subprocess.run([sys.executable, *command[1:]])
+    stage = subprocess.run([sys.executable, Path(__file__).with_name(command[1]), *command[2:]])
     if stage.returncode:
         raise SystemExit(stage.returncode)
 
