@@ -68,8 +68,9 @@ def run(script, output, inputs, last_step, args, *flags):
     elif mine or args.fresh or about.get("started_by") == "rlhf_demo.py" or record.is_file() and not about:
         command.append("--overwrite")
     elif output.is_file():
-        die(f"{output} is not of this demo: `{about.get('command', 'another command')}` has made it. Move out/ "
-            "and logs/ away, or give --fresh to replace it")
+        other = about.get("command", "another command")
+        die(f"{output} is not of this demo: `{other}` has made it. Move out/ and logs/ away, or give --fresh to "
+            "replace it")
     print(f"\n$ {shlex.join(command)}", flush=True)
     environment = os.environ | {"NANOGRPO_STARTED_BY": "rlhf_demo.py"}
     stage = subprocess.Popen([sys.executable, *command[1:]], env=environment)

@@ -134,7 +134,7 @@ def main(args):
                 run.update(optimizer, *trained.values(), grad_clip=args.grad_clip, weight=1 / updates)
 
         # ---- log ----
-        to_come = gae(earned, value_old, answers.mask, args.gamma, 1.0)[1]  # without the critic's own values
+        to_come = gae(paid, value_old, answers.mask, args.gamma, 1.0)[1]  # without the critic's own values
         explained = explained_variance(*map(ranks.gather, (value_old, to_come, answers.mask)))
         run.write(**env.measure(answers, reward, adv_all), explained_variance=explained, **held_out)
     run.finish()

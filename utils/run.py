@@ -36,8 +36,7 @@ class Run:
         """Names what a checkpoint holds; with --resume, fills it from the last one -> that state, or None.
 
         about: plain values that make the file readable. parts: modules and optimizers. export: the kind of
-        a second file, OUT/EXPORT.pth, with the model alone. counts: more numbers that a resume needs.
-        writes: further results. A run begins in no other run's place (checkpoint.py).
+        a second file, OUT/EXPORT.pth, with the model alone. writes: more results. counts: a resume's numbers.
         """
         self.about, self.export, self.parts, self.inputs = about, export, parts, dict(INPUTS)
         self.counts |= counts or {}
