@@ -337,7 +337,8 @@ def test_the_reward_model_is_measured_without_dropout():
     dropped.load_state_dict(model.state_dict())
     checkpoint.save("p.pth", "policy", dropped, tokenizer)
     words = ["--policy", "p.pth", "--data", "play", "--n_pairs", 32, "--held_out_pairs", 16,
-             "--batch_size", 8, "--prompt_len", 8, "--max_new", 6, "--epochs", 2, "--eval_every", 2, "--dtype", "fp32"]
+             "--batch_size", 8, "--prompt_len", 8, "--max_new", 6, "--epochs", 2, "--eval_every", 2,
+             "--dtype", "fp32"]
     cli(reward_model, *words, "--out", "whole", "--log", "whole.csv")
     finite, steps = checkpoint.finite, []
 

@@ -37,6 +37,7 @@ def stop(number, frame):
     raise Stopped(number)
 
 
+ASKED = []  # signals that a loop has noted: it saves and ends, or a process that it needs has ended before
 OURS = [signal.SIG_DFL, signal.default_int_handler, stop]  # handlers that may be replaced
 
 
@@ -49,10 +50,10 @@ def take_signals(handler):
 
 
 def in_one_line(kind, error, trace):
-    """Python's own report of an error that nothing caught, and one line for a signal."""
-    if not issubclass(kind, KeyboardInterrupt):
+    """Python's own report of an error that nothing caught, and one line for a signal or what it has broken."""
+    if not (issubclass(kind, KeyboardInterrupt) or ASKED):
         return sys.__excepthook__(kind, error, trace)
-    number = signal.Signals(error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
+    number = signal.Signals(error.args[0] if isinstance(error, Stopped) else (*ASKED, signal.SIGINT)[0])
     print(f"stopped by {number.name}", file=sys.stderr)
     raise SystemExit(STOPS[number])
 
@@ -68,9 +69,10 @@ class Pipe(io.FileIO):
 
 def steady(stream, number):
     """The same stream, which no closed pipe and no character can break."""
-    raw = io.BufferedWriter(Pipe(number, "w", closefd=False))
-    encoding = stream.encoding if stream else "utf-8"
-    return io.TextIOWrapper(raw, encoding, "replace", line_buffering=number == 2 or raw.isatty())
+    raw, at_once = Pipe(number, "w", closefd=False), getattr(stream, "write_through", False)  # python -u
+    encoding, by_line = getattr(stream, "encoding", "utf-8"), getattr(stream, "line_buffering", False)
+    return io.TextIOWrapper(raw if at_once else io.BufferedWriter(raw), encoding, "replace",
+                            line_buffering=by_line, write_through=at_once)
 
 
 script = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()

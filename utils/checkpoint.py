@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import zipfile
 from dataclasses import asdict
@@ -124,18 +125,28 @@ def start(args, made_by, writes, wanted, total):
     path = f"{args.out}/state.pth"
     state = load_state(path, args, made_by, wanted)
     guard.same_inputs(state.get("inputs", {}), path)
-    if state["step"] > total:
-        die(f"--resume: {path} has done {state['step']} steps, this command wants {total}: its weights would "
-            "pass for earlier ones. Give at least as many steps")
-    if state["step"] == total:
-        print(f"nothing to do: {path} has done all {total} steps")
+    left(path, state["step"], total)
     return state
+
+
+def left(path, step, total):
+    """Refuses a resume of fewer steps than are done, and says where none is left."""
+    if step > total:
+        die(f"--resume: {path} has done {step} steps, this command wants {total}: its weights would pass for "
+            "earlier ones. Give at least as many steps")
+    if step == total:
+        print(f"nothing to do: {path} has done all {total} steps")
 
 
 def take(args, writes):
     """Locks --out and --log, and sets an earlier run's files aside. Call it when nothing else can fail."""
     guard.lock(args.out, args.log)
     guard.set_aside(earlier(args, writes))
+    for path in writes if args.overwrite and not args.resume and not rank() else ():
+        if os.path.isdir(path):  # an old checkpoint must not pass for this run's newest
+            shutil.rmtree(path)
+        elif os.path.basename(path) == "state.pth":
+            Path(os.path.realpath(path)).unlink(missing_ok=True)
 
 
 def earlier(args, writes):
@@ -144,7 +155,7 @@ def earlier(args, writes):
     Refused where a run of these very arguments is there, or one of another script.
     """
     files = [file for file in (args.log, beside(args.log, ".json"), *writes) if os.path.exists(file)]
-    if rank() or args.resume or getattr(args, "overwrite", False) or not files:
+    if rank() or args.resume or args.overwrite or not files:
         return []
     before = about_run(f"{args.out}/state.pth") or about_run(beside(args.log, ".json")) or {"args": {}}
     same_script = before.get("script", script(args)) == script(args)

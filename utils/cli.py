@@ -208,6 +208,7 @@ class Interrupt:
     def ask(self, number, frame):
         if not self.asked:
             self.asked, self.when = number, time.monotonic()
+            utils.ASKED.append(number)
         elif time.monotonic() - self.when > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
