@@ -26,9 +26,10 @@ import train_ppo
 from model import GPT, GPTConfig
 from policy import load_policy
 from ppo import explained_variance, gae
-from utils import checkpoint, cli as flags, device, figure, guard, rewards, text
+from utils import checkpoint, cli as flags, device, dist, figure, guard, rewards, text
 from utils.log import Log
 from utils.tokenizer import train_bpe
+from vision import c2i_grpo
 
 SFT = ["--data", "play", "--vocab_size", 300, "--block_size", 48, "--batch_size", 4, "--steps", 3,
        "--warmup", 1, "--eval_every", 2, "--device", "cpu", "--dtype", "fp32",
@@ -74,6 +75,21 @@ def test_the_same_command_again_is_refused_and_changes_nothing(module, capsys):
     assert digests() == before and not [name for name in before if "lock" in name or "bak" in name]
     cli(module, *words, "--overwrite")
     assert sorted(digests()) == sorted(before)
+
+
+def test_class_to_image_goes_on_from_its_own_checkpoint(capsys):
+    """A new start leaves no older checkpoint of more steps for --resume to take."""
+    words = ["--device", "cpu", "--vq-steps", 2, "--gpt-steps", 2, "--classifier-steps", 2, "--eval-images", 2,
+             "--sample-batch-size", 8, "--train-batch-size", 8, "--group-size", 2, "--eval-every", 0,
+             "--log-image-every", 0, "--log", "log.csv", "--out", "out"]
+    cli(c2i_grpo, *words, "--steps", 3)
+    before = digests("out")
+    refused(capsys, lambda: cli(c2i_grpo, *words, "--steps", 3), "--resume", "--overwrite")
+    assert digests("out") == before
+    cli(c2i_grpo, *words, "--steps", 1, "--lr", 0.1)
+    assert Path("out/0000003.bak").is_dir() and dist.newest("out", "").name == "0000001"
+    cli(c2i_grpo, *words, "--steps", 2, "--lr", 0.1, "--resume")
+    assert pd.read_csv("log.csv").step.tolist() == [0, 1, 2]
 
 
 def test_a_run_with_other_arguments_sets_the_former_aside(capsys):

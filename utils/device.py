@@ -101,7 +101,7 @@ def peak_mem_mb(device):
 def git_commit():
     """The commit that made a run ("-dirty" if code had changed: results/ is none), or "unknown"."""
     root = Path(__file__).parent.parent
-    git = ["git", "-C", root]
+    git = ["git", "--no-optional-locks", "-C", root]  # status would write the index
     kw = {"capture_output": True, "text": True}
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], **kw)

@@ -250,7 +250,8 @@ def main(args):
     need("transformers", "vlm").utils.logging.disable_progress_bar()
     device = pick_device(args.device)
     objective = replace(OBJECTIVES[args.objective], beta=args.beta)
-    results = [f"{args.out}/{name}" for name in ("state.pth", "final", "start")]
+    results = [f"{args.out}/{name}" for name in ("state.pth", "final", "start")
+               if not args.model or Path(args.out, name).resolve() != Path(args.model).resolve()]
     if not args.preview:
         checkpoint.earlier(args, results)
     state = args.resume and checkpoint.load_state(results[0], args, MADE_BY, ("step",))
