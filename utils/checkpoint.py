@@ -142,11 +142,9 @@ def take(args, writes):
     """Locks --out and --log, and sets an earlier run's files aside. Call it when nothing else can fail."""
     guard.lock(args.out, args.log)
     guard.set_aside(earlier(args, writes))
-    for path in writes if args.overwrite and not args.resume and not rank() else ():
-        if os.path.isdir(path):  # an old checkpoint must not pass for this run's newest
-            shutil.rmtree(path)
-        elif os.path.basename(path) == "state.pth":
-            Path(os.path.realpath(path)).unlink(missing_ok=True)
+    if args.overwrite and not args.resume and not rank():  # a folder of more steps would pass for the newest
+        for folder in filter(os.path.isdir, writes):
+            shutil.rmtree(folder)
 
 
 def earlier(args, writes):

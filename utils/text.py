@@ -64,7 +64,7 @@ def tiny_shakespeare():
     if digest != SHAKESPEARE_SHA256:
         die(f"{source} is not Tiny Shakespeare: {len(content)} bytes, SHA-256 {digest[:12]}…, wanted "
             f"{SHAKESPEARE_SHA256[:12]}…. Delete it and try again, or use --data play.")
-    if source == SHAKESPEARE_URL and os.access(DATA, os.W_OK):
+    if source == SHAKESPEARE_URL and os.access(DATA if DATA.exists() else DATA.parent, os.W_OK):
         atomic_write(places[-1], content)
     return content.decode()
 
