@@ -80,11 +80,13 @@ def compiled(function, device):
 
 def check_compiler(device):
     """Compiles a line before anything is written, or says what is missing."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     try:
+        subprocess.run([*shlex.split(compiler), "--version"], check=True, capture_output=True)
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # whatever the compiler and torch's several layers raise
-        die(f"--compile needs a C++ compiler and {os.environ.get('CXX', 'g++')!r} can't compile here "
-            f"({type(error).__name__}): install one, name it in CXX, or leave --compile away")
+        die(f"--compile needs a C++ compiler and {compiler!r} can't compile here ({type(error).__name__}): "
+            "install one, name it in CXX, or leave --compile away")
 
 
 def peak_mem_mb(device):
