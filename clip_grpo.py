@@ -83,6 +83,7 @@ class Args:
     out: str = "out/clip"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
+    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: nothing here changes what is learnt ----
     num_workers: Annotated[int, AtLeast(0)] = 4  # processes that read image files
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -181,7 +182,8 @@ def main(args):
     print("visual tower: {:,} of {:,} parameters trained".format(*lora.count(visual)))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, peak, args.weight_decay)
-    run.hold({"config": config}, model=torch.nn.ParameterList(trained), optimizer=optimizer)
+    run.hold({"config": config}, writes=[f"{args.out}/{name}.pth" for name in ("policy", "adapter")],
+             model=torch.nn.ParameterList(trained), optimizer=optimizer)
 
     def policy(images):
         return encode(visual, images.to(device), run.autocast)

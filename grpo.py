@@ -30,10 +30,14 @@ CHOICES = {"baseline": ("mean", "loo", "batch", "none"), "scale": ("group", "bat
            "reduce": ("answer", "token", "length", "sum"), "kl": ("k1", "k2", "k3")}
 
 
+def expect(good, message, error=AssertionError):  # python -O drops the statement assert
+    if not good:
+        raise error(message)
+
+
 def check(**chosen):
-    for field, value in chosen.items():
-        if value not in CHOICES[field]:
-            raise ValueError(f"{field}={value!r}: wanted one of {', '.join(CHOICES[field])}")
+    for field, x in chosen.items():
+        expect(x in CHOICES[field], f"{field}={x!r}: wanted one of {', '.join(CHOICES[field])}", ValueError)
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,11 @@ def group_advantage(reward, baseline="mean", scale="group", eps=1e-4):
     reward (B, G) -> (B, G), without gradient. Equal rewards of a group give exactly 0 under mean and loo.
     arXiv:2402.03300, 4.1.2. ValueError on an unknown name, a group of one, a reward below 0 with scale mean.
     """
-    assert reward.dim() == 2, f"reward has shape {tuple(reward.shape)}, wanted (B, G)"
+    expect(reward.dim() == 2, f"reward has shape {tuple(reward.shape)}, wanted (B, G)")
     check(baseline=baseline, scale=scale)
     G = reward.shape[1]
-    if G < 2 and (baseline, scale) != ("none", "none"):
-        raise ValueError(f"a group of {G=}: {baseline=}, {scale=} need at least 2 answers")
-    if scale == "mean" and (reward < 0).any():
-        raise ValueError(f"{scale=} got a reward of {reward.min():.4g}: wanted rewards of at least 0")
+    expect(G > 1 or baseline == scale == "none", f"group of {G=}: {baseline=}, {scale=} need 2", ValueError)
+    expect(scale != "mean" or not (reward < 0).any(), f"{scale=} wants rewards of at least 0", ValueError)
     reward = promote(reward.detach())
     shifted = reward - (reward[0, 0] if baseline == "batch" else reward[:, :1])  # equal rewards: exactly 0
     mean = shifted.mean() if baseline == "batch" else shifted.mean(1, keepdim=True)
@@ -123,9 +125,9 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_to
     """
     for name, x in (("logp_old", logp_old), ("logp_ref", logp_ref), ("mask", mask), ("adv", adv)):
         want = logp.shape[:max(2, adv.dim())] if name == "adv" else logp.shape
-        assert x.shape == want and not x.requires_grad, \
-            f"{name} has shape {tuple(x.shape)}, requires_grad {x.requires_grad}, wanted {tuple(want)}, False"
-    assert logp.dim() == 3, f"logp has shape {tuple(logp.shape)}, wanted (B, G, T)"
+        expect(x.shape == want and not x.requires_grad, f"{name} has shape {tuple(x.shape)}, requires_grad "
+               f"{x.requires_grad}, wanted {tuple(want)}, False")
+    expect(logp.dim() == 3, f"logp has shape {tuple(logp.shape)}, wanted (B, G, T)")
     o, mask = objective, mask.bool()  # what is masked is filled: multiplied by 0, an inf would become NaN
     logp, logp_old, logp_ref = (promote(x).masked_fill(~mask, 0.0) for x in (logp, logp_old, logp_ref))
     adv = promote(adv).view(*mask.shape[:2], -1)  # (B, G, 1), or (B, G, T)

@@ -29,7 +29,7 @@ def main(args):
         die(f"--dpi {args.dpi}: wanted 20 to 600")
     if args.grid and args.metric != "mean_r":
         die(f"--grid draws {', '.join(GRID)}: leave out --grid or --metric {args.metric}")
-    metrics = GRID if args.grid else args.metric.split(",")
+    metrics = GRID if args.grid else args.metric
     path = plot_panels(args.files, metrics, args.output, args.x, args.smooth, args.dpi, args.grid)
     if path:
         print(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
-from utils import checkpoint, hf
+from utils import checkpoint, guard, hf
 from utils.cli import die, need
 from utils.device import pick_autocast
 from utils.tokenizer import load_tokenizer
@@ -53,7 +53,12 @@ def load_policy(source, device="cpu", made_by="python sft.py"):
                 Adapters(model).load_state_dict(content["model"])
             return merged(model).eval(), tokenizer
         model = checkpoint.build(source, content, lambda: make_config(content["config"]).build(), made_by)
-        return model.to(device).eval(), load_tokenizer(content["tokenizer"])
+        tokenizer = load_tokenizer(content["tokenizer"])
+        padded = model.config.vocab_size != tokenizer.vocab_size
+        if padded and content["tokenizer"]["name"] in ("bpe", "char", "gpt2"):  # a pretrained one may be
+            die(f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, and its model "
+                f"{model.config.vocab_size}: make it again, with tables of one size")
+        return model.to(device).eval(), tokenizer
     family = Llama
     if not source.endswith(".gguf"):
         source = str(hf.find(source))
@@ -64,6 +69,9 @@ def load_policy(source, device="cpu", made_by="python sft.py"):
     if tokenizer.vocab_size > model.config.vocab_size:
         die(f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, and its model has "
             f"{model.config.vocab_size}: wanted files that belong together")
+    weights = Path(source) if source.endswith(".gguf") else Path(source, "model.safetensors")
+    if weights.is_file():
+        guard.note(f"policy {source}", weights)
     return model.to(device).eval(), tokenizer
 
 

@@ -8,18 +8,18 @@ Run: python train_ppo.py
 import torch
 import torch.nn as nn
 
-from grpo import kl_penalty, masked_mean, promote
+from grpo import expect, kl_penalty, masked_mean, promote
 
 VALUE_COLUMNS = ["explained_variance", "value_loss", "value_clip_frac"]
 
 def check(**tensors):
-    """Asserts that all are (N, T) of one shape and that none but the first carries a gradient."""
+    """Raises unless all are (N, T) of one shape and none but the first carries a gradient."""
     (first, x0), *rest = tensors.items()
     want = tuple(x0.shape)
-    assert x0.dim() >= 2, f"{first} has shape {want}, wanted (N, T)"
+    expect(x0.dim() >= 2, f"{first} has shape {want}, wanted (N, T)")
     for name, x in rest:
-        assert x.shape == x0.shape, f"{name} has shape {tuple(x.shape)}, wanted {want} like {first}"
-        assert not x.requires_grad, f"{name} {want} carries a gradient: detach it"
+        expect(x.shape == x0.shape, f"{name} has shape {tuple(x.shape)}, wanted {want} like {first}")
+        expect(not x.requires_grad, f"{name} {want} carries a gradient: detach it")
 
 
 def whiten(x, mask, eps=1e-8):
@@ -80,12 +80,12 @@ def value_loss(value, value_old, returns, mask, clip=0.2):
     check(value=value, value_old=value_old, returns=returns, mask=mask)
     value, value_old, returns = (promote(x).masked_fill(~mask.bool(), 0.0)
                                  for x in (value, value_old, returns))
-    clipped = value_old + (value - value_old).clamp(-clip, clip)
-    plain, bounded = (value - returns).square(), (clipped - returns).square()
+    bounded = (value_old + (value - value_old).clamp(-clip, clip) - returns).square()
+    plain = (value - returns).square()
     loss = 0.5 * masked_mean(torch.maximum(plain, bounded), mask)
-    explained = explained_variance(value_old, returns, mask)
-    return loss, {"value_loss": loss.detach(), "explained_variance": explained,
-                  "value_clip_frac": masked_mean((bounded > plain).float(), mask)}
+    clipped = (bounded > plain).float()
+    return loss, {"value_loss": loss.detach(), "value_clip_frac": masked_mean(clipped, mask),
+                  "explained_variance": explained_variance(value_old, returns, mask)}
 
 
 def token_stats(logp, logp_ref, entropy, mask):

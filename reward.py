@@ -61,7 +61,9 @@ def load_scorer(reward, reward_model, policy_path, tokenizer, device, task=None)
         function = task.scores if reward == "model" else load_reward(reward)
 
         def by_function(tokens, mask, prompts, texts):
-            return torch.tensor(function(completions=texts, prompts=prompts.texts, **prompts.columns))
+            ids = [row[m].tolist() for row, m in zip(tokens[:, -mask.shape[1]:].cpu(), mask.cpu())]
+            return torch.tensor(function(completions=texts, prompts=prompts.texts, completion_ids=ids,
+                                         **prompts.columns))
         return by_function
     model, content = load_reward_model(reward_model, device)
     checkpoint.same_tokenizer(reward_model, content, tokenizer, policy_path)

@@ -26,7 +26,7 @@ from utils.device import pick_device
 from utils.log import SHARED
 from utils.rewards import JUDGES
 from utils.run import Run, step_generator
-from utils.text import completions, left_pad, load_prompts, read_jsonl
+from utils.text import completions, left_pad, load_prompts, read_jsonl, split_by_prompt
 
 COLUMNS = [*SHARED, "accuracy", "held_out", "held_out_accuracy", "judge_accuracy", "untied", "lr",
            "grad_norm", "seconds", "peak_mem_mb"]
@@ -58,6 +58,7 @@ class Args:
     out: str = "out/reward"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
+    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: nothing here changes what is learnt ----
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products
@@ -107,12 +108,20 @@ def read_pairs(path, tokenizer, block_size):
     """A user's JSONL -> Pairs without gold; an answer gets the stop that ends a speech."""
     rows = read_jsonl(path, ("prompt", "chosen", "rejected"), "--pairs")
     stop = list(tokenizer.stops[0]) if tokenizer.stops else []
-    answers = [tokenizer.encode(row[key]) + stop for row in rows for key in ("chosen", "rejected")]
+    answers = [[tokenizer.encode(row[key]) + stop for key in ("chosen", "rejected")] for row in rows]
+    different = [i for i, (chosen, rejected) in enumerate(answers) if chosen != rejected]
+    if len(different) < len(rows):
+        print(f"--pairs {path}: {len(rows) - len(different)} of {len(rows)} pairs have two equal answers and "
+              "are left out")
+    if not different:
+        die(f"--pairs {path}: the answers of each pair are equal: wanted a better and a worse one")
+    rows, answers = [rows[i] for i in different], [answer for i in different for answer in answers[i]]
     lengths = torch.tensor([len(answer) for answer in answers])
     room = block_size - int(lengths.max())  # for the prompts, of which the last tokens stay
     if room < 1:
-        die(f"--pairs {path}: an answer of example {lengths.argmax() // 2 + 1} has {lengths.max()} tokens, "
-            f"which with a prompt don't fit the context of {block_size}")
+        example = different[lengths.argmax() // 2] + 1
+        die(f"--pairs {path}: an answer of example {example} has {lengths.max()} tokens, which with a prompt "
+            f"don't fit the context of {block_size}")
     prompts, pad = left_pad([tokenizer.encode(row["prompt"])[-room:] or [0] for row in rows])
     answers = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True)
     tokens = torch.cat([prompts.repeat_interleave(2, 0), answers], 1)
@@ -124,8 +133,10 @@ def read_pairs(path, tokenizer, block_size):
 def evaluate(model, pairs, device, autocast):
     """-> numbers on held-out pairs, and their scores (M, 2)."""
     parts = torch.arange(len(pairs.tokens)).split(256)
+    model.eval()
     with autocast():
         scores = torch.cat([model(*pairs.pick(rows).batch(device)) for rows in parts]).view(-1, 2).cpu()
+    model.train()
     gap = scores[:, 0] - scores[:, 1]
     row = {"held_out": F.softplus(-gap).mean(), "held_out_accuracy": (gap > 0).float().mean()}
     if pairs.gold is not None:
@@ -137,44 +148,41 @@ def evaluate(model, pairs, device, autocast):
 
 
 def load_pairs(args, policy, tokenizer):
-    """-> training and held-out Pairs: a user's, or π₀'s answers, whose texts go to OUT/pairs.jsonl."""
+    """-> training and held-out Pairs, a user's or π₀'s answers; of those the texts, for OUT/pairs.jsonl."""
     if args.pairs:
         every = read_pairs(args.pairs, tokenizer, policy.config.block_size)
-        order = torch.randperm(len(every.tokens), generator=step_generator(args.seed, 0))
-        if len(order) < 2:
+        if len(every.tokens) < 2:
             die(f"--pairs {args.pairs} holds 1 pair: wanted at least 2, one is held out")
-        cut = max(1, len(order) // 10)
-        return every.pick(order[cut:]), every.pick(order[:cut])
+        prompts = [tuple(row) for row in every.tokens[:, 0, :-every.mask.shape[2]].tolist()]
+        return *map(every.pick, split_by_prompt(prompts, step_generator(args.seed, 0), "--pairs")), []
     if args.prompt_len + args.max_new > policy.config.block_size:
         die(f"--prompt_len {args.prompt_len} + --max_new {args.max_new} don't fit the policy's "
             f"{policy.config.block_size} tokens: shorten one")
     prompts = load_prompts("", args.data, tokenizer, args.prompt_len)
     train, rows = sample_pairs(policy, tokenizer, prompts[0], args.n_pairs, args, 0)
     held_out, _ = sample_pairs(policy, tokenizer, prompts[1], args.held_out_pairs, args, 1)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    atomic_write(f"{args.out}/pairs.jsonl", "".join(lines).encode())
-    return train, held_out
+    return train, held_out, [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
 
 
 def main(args):
     # ---- set-up ----
     at_least(args, n_pairs=args.batch_size)
     device = pick_device(args.device)
-    torch.manual_seed(args.seed)
+    run = Run(args, COLUMNS, 0, device, program(), save_every=args.eval_every)
     policy, tokenizer = load_policy(args.policy, device)
     layers = min(args.layers, policy.config.n_layer)
     model = RewardModel(replace(policy.config, n_layer=layers), args.pool).to(device)
     model.trunk.load_state_dict(policy.state_dict(), strict=False)  # π₀ may have more blocks
 
     # ---- pairs ----
-    train, held_out = load_pairs(args, policy, tokenizer)
+    train, held_out, lines = load_pairs(args, policy, tokenizer)
     groups = [{"params": part.parameters(), "peak_lr": lr} for part, lr in
               ((model.trunk, args.lr), (model.head, args.head_lr), (model.word, args.word_lr))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     per_epoch = max(1, len(train.tokens) // args.batch_size)
-    total = args.epochs * per_epoch
-    run = Run(args, COLUMNS, total, device, program(), save_every=args.eval_every)
-    run.hold(checkpoint.about(model, tokenizer), model=model, optimizer=optimizer)
+    total = run.total = args.epochs * per_epoch
+    run.hold(checkpoint.about(model, tokenizer), model=model, optimizer=optimizer,
+             writes=[f"{args.out}/reward.pth", f"{args.out}/pairs.jsonl"])
     print(f"{len(train.tokens):,} + {len(held_out.tokens):,} pairs, {device}, {run.dtype}")
     for step in run.steps():
         # ---- evaluate ----
@@ -190,6 +198,7 @@ def main(args):
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(len(train.tokens), generator=step_generator(args.seed, 2 + epoch))
         rows = order[place * args.batch_size:(place + 1) * args.batch_size]
+        torch.manual_seed(args.seed * 1_000_003 + step + 10**15)  # dropout's masks, alike after a resume
         with run.autocast():
             score = model(*train.pick(rows).batch(device))
         chosen, rejected = score.view(-1, 2).unbind(1)  # (batch,)
@@ -202,13 +211,15 @@ def main(args):
         run.write(mean_r=score.mean(), accuracy=(chosen > rejected).float().mean(), lr=args.lr * share,
                   **evaluated)
     last, scores = evaluate(model, held_out, device, run.autocast)
-    run.finish(seconds=run.counts["seconds"], **last)
 
     # ---- normalise on the held-out answers, save ----
     model.mean.copy_(scores.mean())
     model.std.copy_(scores.std().clamp(min=1e-6))
+    if lines:
+        atomic_write(f"{args.out}/pairs.jsonl", "".join(lines).encode())
     checkpoint.save(f"{args.out}/reward.pth", "reward", model, tokenizer, pool=args.pool,
                     judge="" if args.pairs else args.judge)
+    run.finish(seconds=run.counts["seconds"], **last)
     judged = "" if args.pairs else f", {last['judge_accuracy']:.3f} against the judge on untied pairs"
     print(f"held-out accuracy {last['held_out_accuracy']:.3f} against the noisy labels{judged}; "
           f"{run.counts['seconds']:.0f} s; wrote {args.out}/reward.pth and {args.log}")

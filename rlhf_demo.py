@@ -6,7 +6,8 @@ Left out: tuning (results/sweep.csv has it), more than one seed (results/demo/ h
 Run: python rlhf_demo.py
 """
 import json
-import signal
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from generate import sample_texts
 from generate import score as score_answers
 from policy import load_policy
 from reward import load_scorer
-from utils.cli import AtLeast, parse, resume_command
+from utils.cli import AtLeast, die, parse, resume_command
 from utils.device import pick_device
 from utils.figure import GRID, plot_panels
 from utils.rewards import JUDGES
@@ -44,30 +45,59 @@ class Args:
 
 
 def run(script, output, inputs, last_step, args, *flags):
-    """Runs a stage unless this very command made `output` from these inputs; resumes it if it broke off."""
+    """Runs a stage unless this very command made `output` from these inputs; resumes it if it broke off.
+
+    Results that this file hasn't started stay: a record says who did.
+    """
     output = Path(output)
     log, record = Path(f"logs/{output.parts[1]}.csv"), Path(f"logs/{output.parts[1]}.json")
+    script = os.path.relpath(Path(__file__).with_name(script))
     command = ["python", script, *map(str, flags), "--seed", str(args.seed), "--device", args.device]
-    shown = " ".join(command)
+    shown = shlex.join(command)
+    about = read_record(record)
 
     def newer(path):
         return path.is_file() and all(path.stat().st_mtime >= Path(i).stat().st_mtime for i in inputs)
 
-    if not args.fresh and log.is_file() and record.is_file() and \
-            json.loads(record.read_text())["command"].removesuffix(" --resume") == shown:
-        if newer(output) and pd.read_csv(log).step.max() >= last_step:
-            print(f"\n$ {shown}\ncached: {output}")
-            return
-        if newer(output.with_name("state.pth")):
-            command.append("--resume")
-    print(f"\n$ {' '.join(command)}", flush=True)
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the stage too, which saves
-    stage = subprocess.run([sys.executable, *command[1:]])
-    signal.signal(signal.SIGINT, before)
-    if stage.returncode == 130:
+    mine = about.get("command", "").removesuffix(" --resume").removesuffix(" --overwrite") == shown
+    if mine and not args.fresh and newer(output) and last_of(log) >= last_step:
+        print(f"\n$ {shown}\ncached: {output}")
+        return
+    if mine and not args.fresh and newer(output.with_name("state.pth")):
+        command.append("--resume")
+    elif mine or args.fresh or about.get("started_by") == "rlhf_demo.py" or record.is_file() and not about:
+        command.append("--overwrite")
+    elif output.is_file():
+        other = about.get("command", "another command")
+        die(f"{output} is not of this demo: `{other}` has made it. Move out/ and logs/ away, or give --fresh to "
+            "replace it")
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    environment = os.environ | {"NANOGRPO_STARTED_BY": "rlhf_demo.py"}
+    stage = subprocess.Popen([sys.executable, *command[1:]], env=environment)
+    utils.take_signals(lambda *_: stage.terminate())  # the stage saves, and ends
+    code = stage.wait()
+    utils.take_signals(utils.stop)
+    if code in utils.STOPS.values():
         print("the demo goes on with:", resume_command().removesuffix(" --resume"))
-    if stage.returncode:
-        raise SystemExit(stage.returncode)
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
+def read_record(path):
+    """The record beside a stage's CSV; {} where there is none, or a damaged one."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return about if isinstance(about["command"], str) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def last_of(log):
+    """The last step in a stage's CSV; -1 where there is none, or a column that the table needs is missing."""
+    try:
+        return int(pd.read_csv(log)[["step", "seconds", "peak_mem_mb"]].step.max())
+    except (OSError, ValueError, KeyError):
+        return -1
 
 
 @torch.no_grad()

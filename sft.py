@@ -57,6 +57,7 @@ class Args:
     out: str = "out/sft"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
+    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: nothing here changes what is learnt ----
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products
@@ -126,7 +127,8 @@ def main(args):
     if task:
         prompts = task.prompts(tokenizer, args.seed)[1]
     else:  # no headings, no prompts later: said before training
-        tokens = heading_prompts(parts[1], tokenizer, min(32, args.block_size // 2), source)
+        tokens = heading_prompts(parts[1], tokenizer, min(32, args.block_size // 2),
+                                 f"the held-out last tenth of {source}")
         prompts = Prompts(tokens, None, [tokenizer.decode(row) for row in tokens.tolist()], {})
     room = args.block_size - prompts.tokens.shape[1]
     if room < 1:
@@ -147,7 +149,8 @@ def main(args):
     optimizer = torch.optim.AdamW(optimizer_groups(model, args.weight_decay), lr=args.lr,
                                   betas=(0.9, args.beta2), fused=True)
     run.record |= {"corpus": source, "parameters": n_parameters}
-    run.hold(checkpoint.about(model, tokenizer), counts={"best": math.inf}, model=model, optimizer=optimizer)
+    run.hold(checkpoint.about(model, tokenizer), counts={"best": math.inf}, writes=[f"{args.out}/policy.pth"],
+             model=model, optimizer=optimizer)
 
     def evaluate():
         """The held-out loss; its best weights are kept."""
@@ -172,8 +175,8 @@ def main(args):
         starts = torch.randint(len(train) - args.block_size - 1, (args.batch_size,),
                                generator=step_generator(args.seed, step))
         x, y = windows(train, starts, args.block_size)
-        # dropout's masks come from the step's number, so that a resume draws the same
-        torch.manual_seed(args.seed * 1_000_003 + step + ranks.rank() * 10**15)
+        # dropout's masks come from the step's number, so that a resume draws the same; not the windows' seed
+        torch.manual_seed(args.seed * 1_000_003 + step + (ranks.rank() + 1) * 10**15)
         with run.autocast():
             logits = model(x[share].to(device))
         loss = F.cross_entropy(logits.float().flatten(0, 1), y[share].flatten().to(device)) / ranks.world()

@@ -60,6 +60,7 @@ class Args(techniques.Techniques):
     out: str = "out/ppo"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
+    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: nothing here changes what is learnt ----
     micro_batch: Annotated[int, AtLeast(0)] = 0  # prompts (PPO: answers) a backward pass; 0: all
     grad_checkpoint: bool = False  # less memory, one more forward pass
@@ -133,7 +134,8 @@ def main(args):
                 run.update(optimizer, *trained.values(), grad_clip=args.grad_clip, weight=1 / updates)
 
         # ---- log ----
-        explained = explained_variance(*map(ranks.gather, (value_old, returns, answers.mask)))
+        to_come = gae(paid, value_old, answers.mask, args.gamma, 1.0)[1]  # without the critic's own values
+        explained = explained_variance(*map(ranks.gather, (value_old, to_come, answers.mask)))
         run.write(**env.measure(answers, reward, adv_all), explained_variance=explained, **held_out)
     run.finish()
     env.conclude(policy)

@@ -17,13 +17,13 @@ if want micro; then  # what five seeds of the first file print
   done
 fi
 if want base; then  # π₀ and the reward model that all RL runs share
-  $python sft.py --data shakespeare --out out/sft --log results/sft.csv
-  $python reward_model.py --data shakespeare --log results/reward-s0.csv
+  $python sft.py --overwrite --data shakespeare --out out/sft --log results/sft.csv
+  $python reward_model.py --overwrite --data shakespeare --log results/reward-s0.csv
 fi
 if want demo; then  # the README's figure: as long as `make demo` trains
   for seed in 0 1 2; do
     for name in grpo ppo; do
-      $python train_$name.py --data shakespeare --steps 25 --seed $seed \
+      $python train_$name.py --overwrite --data shakespeare --steps 25 --seed $seed \
         --log results/demo/$name-s$seed.csv --out out/r-demo-$name-s$seed
     done
   done
@@ -49,7 +49,7 @@ fi
 if want shakespeare; then
   for name in grpo ppo; do
     for seed in 0 1 2; do
-      $python train_$name.py --data shakespeare --steps "$steps" --seed $seed \
+      $python train_$name.py --overwrite --data shakespeare --steps "$steps" --seed $seed \
         --log results/shakespeare/$name-s$seed.csv --out out/r-$name-s$seed
     done &
   done
@@ -57,21 +57,21 @@ if want shakespeare; then
 fi
 if want objectives; then
   for name in reinforce rloo grpo dr_grpo dapo gspo cispo sapo; do
-    $python train_grpo.py --data shakespeare --objective $name --beta 0.05 --steps 30 \
+    $python train_grpo.py --overwrite --data shakespeare --objective $name --beta 0.05 --steps 30 \
       --log results/objectives/$name.csv --out out/r-$name
   done
 fi
 if want reward; then
   for seed in 1 2; do
-    $python reward_model.py --data shakespeare --seed $seed --log results/reward-s$seed.csv --out out/r-reward-s$seed
+    $python reward_model.py --overwrite --data shakespeare --seed $seed --log results/reward-s$seed.csv --out out/r-reward-s$seed
   done
   for seed in 0 1 2; do
-    $python reward_model.py --data shakespeare --n_pairs 12288 --seed $seed \
+    $python reward_model.py --overwrite --data shakespeare --n_pairs 12288 --seed $seed \
       --log results/reward12k-s$seed.csv --out out/r-reward12k-s$seed
   done
 fi
 if want char; then
-  $python sft.py --preset char --data shakespeare --log results/char.csv --out out/r-char
+  $python sft.py --overwrite --preset char --data shakespeare --log results/char.csv --out out/r-char
 fi
 if want speed; then
   long="--prompt_len 192 --group_size 16 --prompts_per_step 4"
@@ -96,7 +96,7 @@ fi
 rl="--aux_ce_coef 0 --temperature 1.5 --steps 1500"  # reward alone; the default adds 0.1 × cross-entropy
 cnn() { name=$1; seeds=$2; shift 2
   for seed in $(seq 0 "$seeds"); do
-    $python -m vision.cnn_grpo "$@" --seed "$seed" --log results/cnn/$name-s$seed.csv --out out/r-cnn-$name-s$seed \
+    $python -m vision.cnn_grpo --overwrite "$@" --seed "$seed" --log results/cnn/$name-s$seed.csv --out out/r-cnn-$name-s$seed \
       > /dev/null
   done; }
 if want cnn; then
@@ -106,7 +106,7 @@ if want cnn; then
   cnn head_first 2 $rl --head_only --steps 500  # then the whole network from there
   for seed in 0 1 2; do
     cnn_from="--sft_images 0 --weights out/r-cnn-head_first-s$seed/best_small_grpo.pt"
-    $python -m vision.cnn_grpo $rl --steps 1000 $cnn_from --seed $seed \
+    $python -m vision.cnn_grpo --overwrite $rl --steps 1000 $cnn_from --seed $seed \
       --log results/cnn/head_then_all-s$seed.csv --out out/r-cnn-then-s$seed > /dev/null
   done
   for K in 2 16; do cnn K$K 2 $rl --group_size $K; done
@@ -124,7 +124,7 @@ fi
 if want vit; then
   for task in class box mask; do
     for seed in 0 1 2 3 4; do
-      $python -m vision.vit_grpo --task $task --seed $seed --log results/vit/$task-s$seed.csv \
+      $python -m vision.vit_grpo --overwrite --task $task --seed $seed --log results/vit/$task-s$seed.csv \
         --out out/r-vit-$task-s$seed > /dev/null
     done
   done
@@ -132,7 +132,7 @@ fi
 
 clip() { name=$1; seeds=$2; shift 2
   for seed in $(seq 0 "$seeds"); do
-    $python clip_grpo.py "$@" --seed "$seed" --log results/clip/$name-s$seed.csv --out out/clip/r-$name > /dev/null
+    $python clip_grpo.py --overwrite "$@" --seed "$seed" --log results/clip/$name-s$seed.csv --out out/clip/r-$name > /dev/null
   done; }
 if want clip; then
   clip reward01 4

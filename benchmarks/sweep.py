@@ -47,7 +47,7 @@ def main(args):
                 subprocess.run([sys.executable, str(ROOT / f"train_{name}.py"), *flags,
                                 "--policy", args.policy, "--reward_model", args.reward_model,
                                 "--steps", str(args.steps), "--seed", str(args.seed),
-                                "--eval_every", "1000", "--save_every", "1000",
+                                "--overwrite", "--eval_every", "1000", "--save_every", "1000",
                                 "--log", str(log), "--out", str(log.with_suffix(""))], check=True)
             table = pd.read_csv(log)[["mean_r", "gold", "kl", "distinct"]].rolling(5).mean()
             best = table[table.kl <= 0.3]["mean_r"].idxmax()

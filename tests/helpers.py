@@ -80,7 +80,7 @@ def raises(completions, prompts, **columns):
 @contextlib.contextmanager
 def quiet_signals():
     """The scripts take SIGINT and SIGTERM over; pytest wants its own back."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -145,7 +145,7 @@ def tiny():
             cli(reward_model, "--data", "play", "--policy", folder / "policy.pth", "--n_pairs", 128,
                 "--held_out_pairs", 64, "--prompt_len", 16, "--max_new", 12, "--batch_size", 32,
                 "--epochs", 1, "--eval_every", 2, "--dtype", "fp32", "--device", "cpu",
-                "--log", folder / "reward.csv", "--out", folder)
+                "--log", folder / "reward.csv", "--out", folder, "--overwrite")
     finally:
         model.SIZES["nano"] = nano
     (folder / "rewards.py").write_text(REWARD_FILE)

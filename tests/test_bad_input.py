@@ -427,7 +427,7 @@ def test_a_full_disk_under_a_checkpoint(folder):
     for name in ("policy.pth", "state.pth"):
         (folder / "out" / name).write_bytes(before)
     words = ["--data", "play", "--vocab_size", 300, "--block_size", 16, "--batch_size", 2, "--steps", 2,
-             "--eval_every", 1, "--out", "out", "--log", "a.csv"]
+             "--eval_every", 1, "--out", "out", "--log", "a.csv", "--overwrite"]
     run = subprocess.run([sys.executable, "-c", LIMITED, str(helpers.ROOT), "60000", *map(str, words)],
                          capture_output=True, text=True, env=helpers.environment(), timeout=120)
     assert run.returncode == 2, run.stderr

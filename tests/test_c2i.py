@@ -28,7 +28,8 @@ from vision.data import Images
 
 SOME = ["--device", "cpu", "--vq-steps", 4, "--gpt-steps", 6, "--classifier-steps", 6, "--steps", 2,
         "--sample-batch-size", 8, "--train-batch-size", 4, "--group-size", 4, "--eval-images", 3,
-        "--eval-every", 0, "--lr", 3e-3, "--log-image-every", 0, "--save-every", 0]
+        "--eval-every", 0, "--lr", 3e-3, "--log-image-every", 0, "--save-every", 0,
+        "--overwrite"]
 BRIGHT = """
 def bright(images, labels):
     assert 0 <= images.min() and images.max() <= 1 and labels.max() < 10

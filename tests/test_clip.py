@@ -80,7 +80,7 @@ def refused(capsys):
 
 
 def run(*words):
-    cli(clip_grpo, "--device", "cpu", "--no-plot-metrics", *words)
+    cli(clip_grpo, "--device", "cpu", "--no-plot-metrics", "--overwrite", *words)
 
 
 def tiny_run(*words):

@@ -51,7 +51,7 @@ def needs_ultralytics():
 
 
 def run(*words):
-    cli(cnn_grpo, *SMALL, *words)
+    cli(cnn_grpo, *SMALL, "--overwrite", *words)
     return read_csv("logs/cnn.csv")[1]
 
 

@@ -328,7 +328,7 @@ def test_prompts_of_a_user(name, folder):
     sizes = []
     for prompts, worth, columns in asked:
         sizes.append(len(prompts))
-        assert columns.keys() == {"spec"}
+        assert columns.keys() == {"spec", "completion_ids"} and len(columns["completion_ids"]) == len(prompts)
         for prompt, w, note in zip(prompts, worth, columns["spec"]):
             assert known[prompt] == {"prompt": prompt, "worth": w, "spec": note}
     # evaluation on the one held out, two steps of 4 × 4, evaluation at the end

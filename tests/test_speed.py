@@ -248,7 +248,7 @@ def test_compile_without_a_compiler(monkeypatch, capsys):
     (train_ppo, ["--prompts_per_step", "4"], "--prompts_per_step 4 doesn't split into 8"),
     (sft, ["--batch_size", "12"], "--batch_size 12 doesn't split into 8")])
 def test_more_processes_than_prompts(module, words, said, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(ranks, "world", lambda: 8)
     assert said in refused(capsys, module, *(words if module is sft else rl(*words)))
     assert not os.path.exists("logs")
 

@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(*words):
-    cli(vit_grpo, *SMALL, *words)
+    cli(vit_grpo, *SMALL, "--overwrite", *words)
     return read_csv("logs/vit.csv")[1]
 
 

@@ -82,7 +82,7 @@ def user_file(n=12, name="data.json", **changed):
 
 
 def run(*words, log="logs/vlm.csv"):
-    cli(vlm_grpo, *SMALL, "--log", log, *words)
+    cli(vlm_grpo, *SMALL, "--log", log, "--overwrite", *words)
     return read_csv(log)[1]
 
 

@@ -10,8 +10,13 @@ import shlex
 import signal
 import socket
 import sys
+import time
 import typing
 from pathlib import Path
+
+import utils
+
+INPUTS = {}  # {what was read: its SHA-256} since parse(), by guard.py
 
 
 def die(message):
@@ -52,6 +57,7 @@ def parse(args_class, presets=None, default=None):
     historical names of flags, its AtLeast marks the least values. A bad value ends with exit code 2.
     """
     import tyro
+    INPUTS.clear()
     rest, default, prog = sys.argv[1:], default or args_class(), program()
     rest = canonical_names(rest, getattr(args_class, "ALIASES", {}))
     if presets:
@@ -75,6 +81,9 @@ def parse(args_class, presets=None, default=None):
     for name, hint in typing.get_type_hints(args_class, include_extras=True).items():
         at_least(args, **{name: mark.low for mark in getattr(hint, "__metadata__", ())
                           if isinstance(mark, AtLeast)})
+    for name in ("out", "log"):
+        if not getattr(args, name, name):
+            die(f"--{name} is empty: wanted the name of a {'folder' if name == 'out' else 'file'}")
     if not 0 <= getattr(args, "seed", 0) <= 10**12:  # a million steps' generators must fit 64 bits
         die(f"--seed {args.seed}: wanted 0 to {10**12:,}")
     return args
@@ -170,11 +179,11 @@ def writing(path):
 
 def atomic_write(path, content):
     """Writes bytes, or lets content(file) write; after a kill there is the old file or the new, whole."""
-    path = Path(path)
+    named, path = path, Path(os.path.realpath(path))  # a link stays, its target is written
     if path.exists() and not path.is_file():  # a rename would replace /dev/null itself
-        die(f"can't write {path}: it is no regular file. Name another place.")
+        die(f"can't write {named}: it is no regular file. Name another place.")
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
+    with writing(named):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(tmp, "wb") as file:
@@ -187,22 +196,35 @@ def atomic_write(path, content):
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads after a step. A second one ends at once."""
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a flag that the loop reads after a step.
+
+    A second one ends at once. One second must lie between: a launcher passes on what the group has got too.
+    """
 
     def __init__(self):
-        self.asked = False
-        # a program that runs a script's main() within itself may have its own handler: it stays
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self.ask)
-            signal.signal(signal.SIGTERM, self.ask)
+        self.asked = 0  # the signal's number
+        utils.take_signals(self.ask)
 
-    def ask(self, signum, frame):
-        self.asked = True
-        signal.signal(signum, signal.SIG_DFL)
+    def ask(self, number, frame):
+        if not self.asked:
+            self.asked, self.when = number, time.monotonic()
+            utils.ASKED.append(number)
+        elif time.monotonic() - self.when > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def over(self):
+        """After the loop there is nothing to wait for: a signal ends the run at once, with a line."""
+        utils.take_signals(utils.stop)
 
     def leave(self, command):
-        print(f"\nstopped and saved; go on with: {command}")
-        raise SystemExit(130)
+        print(f"\nstopped and saved; go on with: {command}", flush=True)
+        raise SystemExit(utils.STOPS.get(self.asked, 130))
+
+
+def beside(path, ending):
+    """logs/lr0.1.csv or logs/lr0.1, ".json" -> logs/lr0.1.json: only .csv is an ending, .1 is none."""
+    return Path(str(path).removesuffix(".csv") + ending)
 
 
 def command():
@@ -220,4 +242,5 @@ def program():
 
 def resume_command():
     """The command line that goes on with this run."""
-    return shlex.join([*(w for w in command() if w not in ("--resume", "--fresh")), "--resume"])
+    once = ("--resume", "--fresh", "--overwrite")
+    return shlex.join([*(word for word in command() if word not in once), "--resume"])

@@ -7,22 +7,35 @@ import os
 import platform
 import re
 import resource
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from utils.cli import atomic_write, command, die
+from utils.cli import atomic_write, beside, command, die
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))  # torchrun sets both
+    return of_torchrun("RANK", 0)
 
 
 def world():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return of_torchrun("WORLD_SIZE", 1)
+
+
+def of_torchrun(name, alone):
+    """What torchrun says of this process. It sets four variables; a part of them is another tool's rest."""
+    four = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    lacking = [name for name in four if not os.environ.get(name)]
+    if {"RANK", "WORLD_SIZE"} <= set(lacking):
+        return alone
+    if lacking:
+        given = next(name for name in four if name not in lacking)
+        die(f"{given}={os.environ[given]} is set without {lacking[0]}: `unset {given}`, or start several "
+            "processes with torchrun, which sets both")
+    return int(os.environ[name])
 
 
 def pick_device(name="auto"):
@@ -62,11 +75,18 @@ def pick_autocast(device, dtype="auto"):
 
 def compiled(function, device):
     """torch.compile with static shapes. It costs a minute or more at the first step."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if not shutil.which(compiler.split()[0]):
-        die(f"--compile needs a C++ compiler and {compiler!r} isn't there: install one, name it in CXX, or "
-            "leave --compile away")
     return torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+def check_compiler(device):
+    """Compiles a line before anything is written, or says what is missing."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    try:
+        subprocess.run([*shlex.split(compiler), "--version"], check=True, capture_output=True)
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever the compiler and torch's several layers raise
+        die(f"--compile needs a C++ compiler and {compiler!r} can't compile here ({type(error).__name__}): "
+            "install one, name it in CXX, or leave --compile away")
 
 
 def peak_mem_mb(device):
@@ -83,7 +103,7 @@ def peak_mem_mb(device):
 def git_commit():
     """The commit that made a run ("-dirty" if code had changed: results/ is none), or "unknown"."""
     root = Path(__file__).parent.parent
-    git = ["git", "-C", root]
+    git = ["git", "--no-optional-locks", "-C", root]  # status would write the index
     kw = {"capture_output": True, "text": True}
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], **kw)
@@ -101,10 +121,11 @@ def write_run_record(csv_path, args, **more):
         return
     packages = ("torch", "numpy", "tiktoken", "vaderSentiment")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    record = {"args": dataclasses.asdict(args), "command": " ".join(command()),
+    record = {"args": dataclasses.asdict(args), "command": shlex.join(command()),
               "commit": git_commit(), "python": platform.python_version(), "versions": versions,
-              "machine": platform.machine(), "threads": torch.get_num_threads(), **more}
+              "started_by": os.environ.get("NANOGRPO_STARTED_BY", ""), "machine": platform.machine(),
+              "threads": torch.get_num_threads(), **more}
 
     def plain(value):
         return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
-    atomic_write(Path(csv_path).with_suffix(".json"), json.dumps(record, indent=2, default=plain).encode())
+    atomic_write(beside(csv_path, ".json"), json.dumps(record, indent=2, default=plain).encode())

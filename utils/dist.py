@@ -85,10 +85,14 @@ def clip(model, max_norm):
 # ---- checkpoints: each is a folder, which appears when it is complete ----
 def newest(folder, made_by):
     """The folder of the last checkpoint in `folder`; where there is none, a message and exit code 2."""
-    checkpoints = sorted(path.parent for path in Path(folder).glob("[0-9]*/resume_step.txt"))
-    if not checkpoints:
+    if not checkpoints(folder):
         die(f"--resume: no checkpoint in {folder}: run `{made_by}` first, or name another folder with --out")
-    return checkpoints[-1]
+    return checkpoints(folder)[-1]
+
+
+def checkpoints(folder):
+    paths = [path.parent for path in Path(folder).glob("[0-9]*/resume_step.txt")]
+    return sorted(path for path in paths if path.name.isdigit())  # 0000060.bak was set aside
 
 
 def last_state(out, arguments, may_change, aliases, made_by):
@@ -100,7 +104,7 @@ def last_state(out, arguments, may_change, aliases, made_by):
     state = checkpoint.load(folder / "run.pth", "state", made_by, ("step", "args"))
     began = {aliases.get(name, name): value for name, value in state["args"].items()}
     for name, value in arguments.items():
-        if name not in may_change and began.get(name) != value:
+        if name not in may_change and began.get(name, value) != value:
             die(f"--resume: {folder} began with {name} {began.get(name)}, not {value}: give the same")
     torch.set_num_threads(state["threads"])  # sums in another order would give other last digits
     return folder, state

@@ -3,7 +3,10 @@
 Files NAME-s0.csv, NAME-s1.csv … are the seeds of one run. Empty cells were not measured: they are skipped.
 Left out: logarithmic axes, live updates.
 """
+import codecs
+import io
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -45,6 +48,11 @@ STYLE = {
 
 
 # ---- CSV -> runs ----
+def without_suffix(name):
+    """grpo.csv -> grpo, but lr0.1 stays: .1 is no suffix."""
+    return re.sub(r"\.[A-Za-z]\w*$", "", name)
+
+
 def read_runs(files):
     """Reads logs and groups the seeds of a run: list of paths -> {name: [DataFrame, one a seed]}.
 
@@ -53,7 +61,7 @@ def read_runs(files):
     """
     groups = {}
     for path in {Path(file).resolve(): Path(file) for file in files}.values():  # given twice is one seed
-        run = re.sub(r"-s\d+$", "-s*", path.with_suffix("").as_posix())
+        run = re.sub(r"-s\d+$", "-s*", without_suffix(path.as_posix()))
         groups.setdefault(run, []).append(read_csv(path))
     names = [Path(run).name.removesuffix("-s*") for run in groups]
     return {name if names.count(name) == 1 else run: groups[run] for name, run in zip(names, groups)}
@@ -62,9 +70,19 @@ def read_runs(files):
 def read_csv(path):
     """A log's columns as floats, NaN where nothing was measured (an empty cell, inf)."""
     try:
+        content = Path(path).read_bytes()
+        text = content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+                              else "utf-8-sig")
+        lines = [line for line in text.splitlines() if line and not line.startswith("#{")]  # a tool's notes
+        sep = max(",;\t", key=lines[0].count) if lines else ","
+        decimal = "," if sep == ";" and "," in "".join(lines[1:]) else "."
+        if len(lines) > 3 and text[-1] not in "\r\n":  # a kill or a full disk has torn it
+            print(f"warning: {path} ends within a line: it is left out", file=sys.stderr)
+            del lines[-1]
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose data
-            frame = pd.read_csv(path, index_col=False, compression=None, skipinitialspace=True)
+            frame = pd.read_csv(io.StringIO("\n".join(lines)), index_col=False, skipinitialspace=True,
+                                sep=sep, decimal=decimal)
     except OSError as error:
         die(f"can't read {path}: {error.strerror or error}")
     except (ValueError, pd.errors.ParserWarning):  # an empty file, bytes that aren't text, ragged rows
@@ -75,7 +93,23 @@ def read_csv(path):
     if not frame.notna().any(axis=None):
         die(f"{path} holds no table of numbers: wanted a line of column names, then a line for each step")
     frame.attrs = {"path": str(path), "words": words}
+    for name in ("step", "Step", "_step", "global_step"):
+        steps = frame[name].dropna().tolist() if name in frame else []
+        for before, now in zip(steps, steps[1:]):
+            if now < before:
+                die(f"{path}: {name} goes back from {before:g} to {now:g}: two runs in one file? Part them")
     return frame
+
+
+def metric_names(text, runs):
+    """"kl,loss" -> ["kl", "loss"]; a column's name may hold commas itself."""
+    columns = {name for frames in runs.values() for frame in frames for name in frame}
+    parts, names = text.split(","), []
+    while parts:
+        n = next((n for n in range(len(parts), 0, -1) if ",".join(parts[:n]) in columns), 1)
+        names.append(",".join(parts[:n]))
+        del parts[:n]
+    return names
 
 
 # ---- runs -> curves ----
@@ -126,6 +160,11 @@ def collect(runs, metrics, x="step", smooth=1, optional=False):
 
 
 # ---- curves -> figure ----
+def plain(name):
+    """The name for matplotlib, which reads what stands between two $ as mathematics."""
+    return name.replace("$", r"\$")
+
+
 def draw(fig, runs, curves_of, x="step", note=""):
     """Draws what `collect` returned: a panel a metric, one legend above them, one label of x below."""
     from matplotlib.lines import Line2D
@@ -133,6 +172,7 @@ def draw(fig, runs, curves_of, x="step", note=""):
               for i, name in enumerate(runs)}
     names = [f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name
              for name, frames in runs.items()]
+    names = [plain(name) for name in names]
     columns = 2 if len(curves_of) == 4 else min(len(curves_of), 3)
     rows = -(-len(curves_of) // columns)
     width, height = (6.4, 3.66) if len(curves_of) == 1 else (3.5 * columns, 2.5 * rows + 0.36)
@@ -142,12 +182,12 @@ def draw(fig, runs, curves_of, x="step", note=""):
     fig.legend([Line2D([], [], markersize=4, **style) for style in styles.values()], names, ncols=fit,
                loc="outside upper left", borderaxespad=0.2, borderpad=0.2)
     for i, (metric, drawn) in enumerate(curves_of.items()):
-        ax = fig.add_subplot(rows, columns, i + 1, ylabel=LABELS.get(metric, metric))
+        ax = fig.add_subplot(rows, columns, i + 1, ylabel=plain(LABELS.get(metric, metric)))
         for name, curves in drawn.items():
             draw_run(ax, curves, styles[name], list(runs).index(name) / len(runs))
         if x in ("step", "samples", "tokens"):
             ax.locator_params(axis="x", nbins=7, integer=True)
-    fig.supxlabel(LABELS.get(x, x) + note, fontsize=STYLE["axes.labelsize"])
+    fig.supxlabel(plain(LABELS.get(x, x)) + note, fontsize=STYLE["axes.labelsize"])
 
 
 def draw_run(ax, curves, style, shift):
@@ -168,23 +208,30 @@ def draw_run(ax, curves, style, shift):
 
 # ---- figure -> file or window ----
 def plot_panels(files, metrics, output=None, x="step", smooth=1, dpi=150, optional=False):
-    """Draws a panel a metric; a file is written whole or not at all: -> its path, or None after a window."""
+    """Draws a panel a metric; a file is written whole or not at all: -> its path, or None after a window.
+
+    metrics: names of columns, or one string of them with commas between.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     if not files:
         die("no CSV given: python plot.py --metric mean_r logs/grpo.csv logs/ppo.csv")
-    name = "_".join([Path(files[0]).stem, *(["overview"] if optional else metrics)])
-    path = Path(output or Path(files[0]).with_name(re.sub(r"[^\w.-]+", "-", name) + ".png"))
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+    if output and Path(output).suffix.lower() not in (".png", ".pdf", ".svg"):
         die(f"--output {output}: the name must end in one of .png, .pdf, .svg")
     runs = read_runs(files)
+    metrics = metric_names(metrics, runs) if isinstance(metrics, str) else metrics
+    name = "_".join([without_suffix(Path(files[0]).name), *(["overview"] if optional else metrics)])
+    path = Path(output or Path(files[0]).with_name(re.sub(r"[^\w.-]+", "-", name) + ".png"))
     curves_of = collect(runs, metrics, x, smooth, optional)
     with matplotlib.rc_context(STYLE):
         if output:
             fig = Figure()  # pyplot picks a backend for the whole process: only for a window
         else:
             import matplotlib.pyplot as plt
-            fig = plt.figure()
+            try:
+                fig = plt.figure()
+            except ImportError:  # MPLBACKEND names a window's backend, and there is no display
+                fig = Figure()
         draw(fig, runs, curves_of, x, f" · moving average of {smooth}" if smooth > 1 else "")
         if not output and fig.canvas.required_interactive_framework:
             plt.show()

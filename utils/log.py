@@ -1,4 +1,5 @@
 """A run's numbers: a CSV line a step, the same numbers to TensorBoard or W&B if asked, and a progress bar."""
+import csv
 import math
 import os
 import sys
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import atomic_write, need, writing
+from utils.cli import atomic_write, beside, die, need, writing
 from utils.device import rank
 
 SHARED = ["step", "loss", "mean_r", "kl", "entropy", "token_adv"]  # every script's CSV begins with these
@@ -24,24 +25,35 @@ class Log:
         if rank():  # rank 0 writes for all
             self.file, self.tracker = open(os.devnull, "w"), None
             return
-        rows = [",".join(columns)]
-        if start and self.path.is_file():
-            old = self.path.read_text().splitlines()[1:]  # a kill may have torn the last one
-            whole = [row for row in old if row.count(",") == len(columns) - 1]
-            rows += [row for row in whole if int(row.split(",")[0]) < start]
-        atomic_write(self.path, "".join(f"{row}\n" for row in rows).encode())
+        self.tracker = open_tracker(track, self.path, args and vars(args))  # it can fail: before the CSV
+        rows = self.former(start) if start and self.path.is_file() else []
+        lines = [",".join(row.get(name) or "" for name in self.columns) for row in rows]
+        atomic_write(self.path, "".join(f"{line}\n" for line in [",".join(self.columns), *lines]).encode())
         with writing(self.path):
             self.file = open(self.path, "a")
-        self.tracker = open_tracker(track, self.path, args and vars(args))
         if sys.stdout.isatty() and not os.environ.get("CI"):
             from rich.progress import Progress
             self.bar = Progress(*Progress.get_default_columns(), "{task.completed} {task.fields[info]}")
             self.bar.start()
+            self.bar.console.show_cursor()  # an end by an error or a kill would leave it hidden
             self.task = self.bar.add_task(self.path.stem, total=total, completed=start, info="")
+
+    def former(self, start):
+        """The CSV's rows before the step `start`, by name; columns that this version doesn't know stay."""
+        try:  # a kill may have torn the last row; another program may have written steps as 5.0
+            with open(self.path, newline="", encoding="utf-8-sig", errors="replace") as file:
+                reader = csv.DictReader(file)
+                rows = [row for row in reader if None not in row.values() and float(row["step"]) < start]
+        except (KeyError, ValueError, csv.Error) as error:
+            die(f"--resume: {self.path} is no CSV of a run ({type(error).__name__}: {error}): "
+                "name another --log")
+        self.columns = [*self.columns, *(x for x in reader.fieldnames or [] if x not in self.columns)]
+        return rows
 
     def write(self, **values):
         unknown = values.keys() - set(self.columns)
-        assert not unknown, f"columns {sorted(unknown)} are not in {self.columns}"
+        if unknown:
+            raise AssertionError(f"columns {sorted(unknown)} are not in {self.columns}")
         values = {k: v.item() if hasattr(v, "item") else float(v) for k, v in values.items() if v is not None}
         values = {k: v for k, v in values.items() if math.isfinite(v)}
         with writing(self.path):
@@ -78,7 +90,7 @@ def open_tracker(track, path, record):
         os.environ.setdefault("WANDB_MODE", "offline")
         where = {"name": path.stem, "dir": str(path.parent)}
         return need("wandb", "log").init(project="nanogrpo", config=record, **where).log
-    writer = need("torch.utils.tensorboard", "log").SummaryWriter(str(path.with_suffix("")))
+    writer = need("torch.utils.tensorboard", "log").SummaryWriter(str(beside(path, "")))
 
     def to_tensorboard(values, step):
         for name, value in values.items():

@@ -61,7 +61,7 @@ def start(device="auto", backend="auto"):
         if device.index >= torch.cuda.device_count():
             die(f"{device.index + 1} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if os.environ.get("RANK") and not dist.is_initialized():
         auto = "nccl" if device.type == "cuda" else "gloo"
         with meeting():
             dist.init_process_group(auto if backend == "auto" else backend)

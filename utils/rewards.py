@@ -3,15 +3,21 @@
 A gold judge stands for the human labeller: it labels pairs of answers and measures policies; by default no
 policy is trained on it directly. The signature is TRL's, so that a function works here and there.
 """
+import contextlib
 import functools
 import importlib.util
+import inspect
 import math
+import os
 import re
 import sys
 import traceback
 from pathlib import Path
 
+from utils import guard
 from utils.cli import die
+
+WARNED = set()
 
 
 @functools.cache
@@ -66,32 +72,80 @@ def from_file(spec, source, kind):
     spec_of_file = importlib.util.spec_from_file_location(f"user_{kind}", path)
     module = importlib.util.module_from_spec(spec_of_file)
     sys.modules[f"user_{kind}"] = module
+    guard.note(f"file of {source}", Path(path))
     try:
-        spec_of_file.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises is the user's to see, with its place
+        with neighbours(Path(path).resolve().parent):
+            spec_of_file.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # what the user's file raises is the user's to see
         die(f"{source}: {path} raised {describe(error)}")
     if not hasattr(module, name):
         die(f"{source}: {path} has no {kind} {name!r}")
     return getattr(module, name)
 
 
+@contextlib.contextmanager
+def neighbours(folder):
+    """Within it, an import finds the files of the folder first, also where one is called like one of ours."""
+    root = Path(__file__).resolve().parent.parent
+    theirs = {path.stem for path in folder.iterdir()} if folder != root else set()
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in theirs
+              and str(getattr(sys.modules[name], "__file__", None) or "").startswith(f"{root}{os.sep}")}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.path.append(str(folder))  # for what a function imports when it is called
+        sys.modules.update(hidden)
+
+
+def takes(function, name):
+    """Whether a function has an argument of this name, or takes any."""
+    try:
+        given = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C don't say
+        return False
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in given)
+
+
 def checked(function, source, /, completions, prompts, **columns):
     """The scores as floats, one a completion, or a message that says what the function did instead."""
+    if not takes(function, "completion_ids"):  # TRL's rewards may want the tokens
+        columns.pop("completion_ids", None)
     try:
         scores = function(completions=completions, prompts=prompts, **columns)
     except Exception as error:
         die(f"{source} raised {describe(error)}")
-    try:
-        values = [float(x) for x in scores]
-    except (TypeError, ValueError):
-        die(f"{source} returned {type(scores).__name__} {str(scores)[:40]}: wanted a list of "
-            f"{len(completions)} numbers")
-    if len(values) != len(completions):
-        die(f"{source} returned {len(values)} numbers for {len(completions)} completions: wanted one each")
-    for value, text in zip(values, completions):
-        if not math.isfinite(value):
-            die(f"{source} returned {value} for {text[:40]!r}: wanted a finite number")
-    return values
+    wanted = f"wanted a list of {len(completions)} finite numbers"
+    if inspect.iscoroutine(scores):
+        scores.close()
+        die(f"{source} is an async function, which nothing awaits: {wanted}")
+    if isinstance(scores, (str, bytes, dict, set, frozenset)) or not hasattr(scores, "__iter__"):
+        die(f"{source} returned {type(scores).__name__}: {wanted}")
+    scores = list(scores)
+    if len(scores) != len(completions):
+        die(f"{source} returned {len(scores)} numbers for {len(completions)} completions: wanted one "
+            "each")
+    for i, (value, text) in enumerate(zip(scores, completions)):
+        try:
+            odd = isinstance(value, (str, bytes)) or getattr(value, "ndim", 0)
+            number = math.nan if odd else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not abs(number) < 3.4e38:  # what float32 holds; NaN is not below it
+            die(f"{source} returned {value!r:.60} for {text[:40]!r} (entry {i}): {wanted}")
+        scores[i] = number
+    told_apart(scores, source)
+    return scores
+
+
+def told_apart(scores, source):
+    """Warns where float32, in which rewards are compared, makes one number of what a function tells apart."""
+    low, high = min(scores), max(scores)
+    if 1e-10 * abs(high) < high - low < 1e-6 * max(abs(low), abs(high)) and source not in WARNED:
+        WARNED.add(source)
+        print(f"warning: {source} returned {low} to {high}, which float32 hardly tells apart: "
+              "subtract a constant", file=sys.stderr)
 
 
 def describe(error):

@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import torch
 
-from utils import checkpoint, ranks
-from utils.cli import Interrupt, resume_command
+from utils import checkpoint, guard, ranks
+from utils.cli import INPUTS, Interrupt, resume_command
 from utils.device import peak_mem_mb, pick_autocast, rank, write_run_record
 from utils.log import Log, add
 
@@ -21,7 +21,7 @@ def step_generator(seed, step):
 class Run:
     """run = Run(…); run.hold(…); for step in run.steps(): …; run.finish()
 
-    args: a script's dataclass with dtype, seed, log, out, track and resume. total: the number of steps.
+    args: a script's dataclass with dtype, seed, log, out, track, resume and overwrite. total: of the steps.
     made_by: the command that starts such a run. save_every: steps between checkpoints; 0: only at Ctrl-C.
     """
 
@@ -32,18 +32,18 @@ class Run:
         self.counts = {"step": 0, "seconds": 0.0, "samples": 0, "tokens": 0}
         torch.manual_seed(args.seed)
 
-    def hold(self, about, export="", counts=None, **parts):
+    def hold(self, about, export="", counts=None, writes=(), **parts):
         """Names what a checkpoint holds; with --resume, fills it from the last one -> that state, or None.
 
         about: plain values that make the file readable. parts: modules and optimizers. export: the kind of
-        a second file, OUT/EXPORT.pth, with the model alone. counts: more numbers that a resume needs.
+        a second file, OUT/EXPORT.pth, with the model alone. writes: more results. counts: a resume's numbers.
         """
-        self.about, self.export, self.parts = about, export, parts
+        self.about, self.export, self.parts, self.inputs = about, export, parts, dict(INPUTS)
         self.counts |= counts or {}
-        state = None
-        if self.args.resume:
-            state = checkpoint.load_state(f"{self.args.out}/state.pth", self.args, self.made_by,
-                                          (*about, "model"))
+        self.files = [f"{self.args.out}/{name}.pth" for name in ("state", export) if name] + list(writes)
+        wanted = *about, "model", *self.counts
+        state = checkpoint.start(self.args, self.made_by, self.files, wanted, self.total)
+        if state:
             checkpoint.restore(state, self.args.out, **parts)
             self.counts = {name: state[name] for name in self.counts}
         self.start = self.counts["step"]
@@ -56,15 +56,15 @@ class Run:
             return
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if self.export:
-            checkpoint.write(f"{self.args.out}/{self.export}.pth", self.export, **self.about,
-                             model=states["model"])
-        checkpoint.write(f"{self.args.out}/state.pth", "state", **self.about, **states, **self.counts,
-                         args=asdict(self.args), threads=torch.get_num_threads())
+            checkpoint.write(self.files[1], self.export, **self.about, model=states["model"])
+        checkpoint.write(self.files[0], "state", **self.about, **states, **self.counts,
+                         args=asdict(self.args), script=checkpoint.script(self.args), inputs=self.inputs)
 
     def steps(self):
         """The steps that are left, saving between them. Nothing is written before the first is asked for."""
-        write_run_record(self.args.log, self.args, device=str(self.device), dtype=self.dtype, **self.record)
+        checkpoint.take(self.args, self.files)
         self.csv = Log(self.args.log, self.columns, self.total, self.start, self.args.track, self.args)
+        write_run_record(self.args.log, self.args, device=str(self.device), dtype=self.dtype, **self.record)
         self.interrupt = Interrupt()
         for self.step in range(self.start, self.total):
             if self.save_every and self.step % self.save_every == 0:
@@ -72,12 +72,12 @@ class Run:
             self.sums = {}
             self.start_clock()
             yield self.step
-            if max(ranks.gather([self.interrupt.asked])):  # Ctrl-C or SIGTERM reached one of the processes
+            if max(ranks.gather([self.interrupt.asked])):  # a signal reached one of the processes
                 self.save(self.step + 1)
-                self.csv.close()
                 self.interrupt.leave(resume_command())
         if self.save_every:
             self.save(self.total)
+        self.interrupt.over()
 
     def start_clock(self):
         """The step's seconds count from here. Call it after an evaluation, which is no training time."""
@@ -117,3 +117,4 @@ class Run:
         if numbers:
             self.csv.write(step=self.total, **numbers)
         self.csv.close()
+        guard.release()

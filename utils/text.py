@@ -9,6 +9,7 @@ import json
 import os
 import re
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.cli import atomic_write, die
+from utils.guard import note
 
 DATA = Path(__file__).parent.parent / "data"
 PLAY = DATA / "bell_of_merrow.txt"
@@ -30,7 +32,9 @@ def load_corpus(name="auto"):
     """-> (text, its source). name: auto (Shakespeare, else the play), shakespeare, play, or a text file."""
     if name in ("auto", "shakespeare"):
         try:
-            return tiny_shakespeare(), "tinyshakespeare"
+            text = tiny_shakespeare()
+            note("text of --data", text)
+            return text, "tinyshakespeare"
         except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
             if name == "shakespeare":
                 why = " ".join(str(error).split())
@@ -38,7 +42,9 @@ def load_corpus(name="auto"):
                     "folder that holds tinyshakespeare/ in NANOGRPO_DATA, or use --data play")
         print(f"Tiny Shakespeare can't be found or downloaded: using the offline play, data/{PLAY.name}")
     if name in ("auto", "play"):
-        return PLAY.read_text(encoding="utf-8"), PLAY.name
+        text = PLAY.read_text(encoding="utf-8")
+        note("text of --data", text)
+        return text, PLAY.name
     text = read_text("--data", name, "auto, shakespeare, play or the path of a UTF-8 text file")
     if len(text) < 1000:
         die(f"--data {name} has {len(text)} characters: wanted at least 1,000 to learn from")
@@ -58,16 +64,18 @@ def tiny_shakespeare():
     if digest != SHAKESPEARE_SHA256:
         die(f"{source} is not Tiny Shakespeare: {len(content)} bytes, SHA-256 {digest[:12]}…, wanted "
             f"{SHAKESPEARE_SHA256[:12]}…. Delete it and try again, or use --data play.")
-    if source == SHAKESPEARE_URL:
+    if source == SHAKESPEARE_URL and os.access(DATA if DATA.exists() else DATA.parent, os.W_OK):
         atomic_write(places[-1], content)
     return content.decode()
 
 
 def read_text(flag, path, wanted):
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except (OSError, ValueError) as error:
         die(f"{flag} {path} can't be read ({error}): wanted {wanted}")
+    note(f"file of {flag}", text)
+    return text
 
 
 def split(text):
@@ -99,8 +107,11 @@ def read_jsonl(path, keys, flag):
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             die(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})")
+        except (ValueError, RecursionError) as error:  # half a character, a number too long, too deep a nest
+            die(f"{path}, line {number}: not usable ({str(error)[:80]})")
         for key in keys:
             if not isinstance(row, dict) or not isinstance(row.get(key), str):
                 die(f"{path}, line {number}: no text under {key!r}; wanted {wanted}")
@@ -155,13 +166,12 @@ def load_prompts(source, data, tokenizer, prompt_len):
     """-> (train, held out) Prompts: the corpus's headings, or a user's JSONL (a tenth of it is held out)."""
     if not source:
         text, name = load_corpus(data)
-        parts = [heading_prompts(part, tokenizer, prompt_len, name) for part in split(text)]
+        names = f"the first nine tenths of {name}", f"the held-out last tenth of {name}"
+        parts = [heading_prompts(part, tokenizer, prompt_len, of) for part, of in zip(split(text), names)]
         return [Prompts(p, None, [tokenizer.decode(row) for row in p.tolist()], {}) for p in parts]
     rows = read_jsonl(source, ("prompt",), "--prompts")
     every = as_prompts(rows, tokenizer, f"--prompts {source}")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    held_out = max(1, len(rows) // 10)
-    return every.pick(order[held_out:] if len(rows) > 1 else order), every.pick(order[:held_out])
+    return list(map(every.pick, split_by_prompt(every.texts, torch.Generator().manual_seed(0), "--prompts")))
 
 
 def as_prompts(rows, tokenizer, source, short=None):
@@ -171,9 +181,23 @@ def as_prompts(rows, tokenizer, source, short=None):
     """
     tokens, pad = left_pad([tokenizer.encode_prompt(row["prompt"], row.get(short)) or [0] for row in rows])
     keys = [k for k in rows[0] if k != "prompt"]
-    for key in {"prompts", "completions"} & set(keys):
+    for key in {"prompts", "completions", "completion_ids"} & set(keys):
         die(f"{source}: the key {key!r} is an argument of every reward function: rename it")
     for number, row in enumerate(rows, 1):
         if set(row) - {"prompt"} != set(keys):
             die(f"{source}, row {number}: keys {sorted(row)} differ from the first row's")
     return Prompts(tokens, pad, [row["prompt"] for row in rows], {k: [row[k] for row in rows] for k in keys})
+
+
+def split_by_prompt(prompts, generator, flag):
+    """-> row numbers (train, held out), shuffled: about a tenth is held out, no prompt is in both."""
+    order = torch.randperm(len(prompts), generator=generator).tolist()
+    count, wanted, held, rows = Counter(prompts), max(1, len(prompts) // 10), set(), 0
+    for prompt in dict.fromkeys(prompts[i] for i in order):
+        if rows < wanted and rows + count[prompt] <= max(2 * wanted, len(prompts) // 3):
+            held.add(prompt)
+            rows += count[prompt]
+    if len(count) > 1 and held:
+        return [torch.tensor([i for i in order if (prompts[i] in held) == side]) for side in (False, True)]
+    print(f"{flag}: a prompt has more than a third of the rows, so training and held-out rows share prompts")
+    return torch.tensor(order[wanted:] or order), torch.tensor(order[:wanted])

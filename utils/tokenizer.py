@@ -15,8 +15,9 @@ from utils.cli import atomic_write, die, need
 
 BLANK_LINE = "\n\n"
 # merges stay within a piece: a newline stands alone, so that a heading ("ROMEO:\n") always ends at a token's
-# end; a word takes its leading space
-PATTERN = r"\n| ?\p{L}+(?:'\p{L}+)?| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
+# end; a word takes its leading space. Learning takes the square of a piece's length, so it has an end, for
+# text without spaces
+PATTERN = r"\n| ?\p{L}{1,32}+(?:'\p{L}{1,32}+)?| ?\p{N}{1,32}+| ?[^\s\p{L}\p{N}]{1,32}+|\s"
 
 
 class Tokenizer:
@@ -175,29 +176,39 @@ def train_bpe(text, size):
     counts = list(pieces.values())
     pairs, where = Counter(), defaultdict(set)  # how often a pair stands, and in which words
 
-    def count(w, sign):
-        for pair in zip(words[w], words[w][1:]):
-            pairs[pair] += sign * counts[w]
+    def count(w, pair, sign=1):
+        pairs[pair] += sign * counts[w]
+        if sign > 0:
             where[pair].add(w)
+        elif not pairs[pair]:
+            del pairs[pair]
 
-    for w in range(len(words)):
-        count(w, 1)
+    def merge(w, best):
+        """From the left, "aaa" becomes "aa", "a"; only the pairs beside a merge are counted anew."""
+        word, i = words[w], 0
+        while best[0] in word[i:-1]:
+            i = word.index(best[0], i)
+            if word[i + 1] == best[1]:
+                around = word[max(0, i - 1):i + 3]
+                for pair in zip(around, around[1:]):
+                    count(w, pair, -1)
+                word[i:i + 2] = [best[0] + best[1]]
+                around = word[max(0, i - 1):i + 2]
+                for pair in zip(around, around[1:]):
+                    count(w, pair)
+            i += 1
+
+    for w, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            count(w, pair)
     vocabulary = [bytes([b]) for b in range(256)]
     while len(vocabulary) < size and pairs:
         # of equally frequent pairs the one of greater bytes: the same ranks on every machine
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        if pairs[best] < 2:
+        most = max(pairs.values())
+        if most < 2:
             break
+        best = max(pair for pair, n in pairs.items() if n == most)
         vocabulary.append(best[0] + best[1])
         for w in where.pop(best):
-            count(w, -1)
-            merged = words[w][:1]
-            for symbol in words[w][1:]:  # from the left: "aaa" becomes "aa", "a"
-                if (merged[-1], symbol) == best:
-                    merged[-1] += symbol
-                else:
-                    merged.append(symbol)
-            words[w] = merged
-            count(w, 1)
-        del pairs[best]
+            merge(w, best)
     return vocabulary

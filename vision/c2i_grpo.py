@@ -18,7 +18,7 @@ import utils  # before torch: it sets how OpenMP's threads wait
 import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from utils import checkpoint, dist, ranks
+from utils import checkpoint, dist, guard, ranks
 from utils.cli import AtLeast, Interrupt, die, need, parse, resume_command
 from utils.device import peak_mem_mb, write_run_record
 from utils.log import SHARED, Log, add
@@ -31,8 +31,8 @@ MADE_BY = "python -m vision.c2i_grpo"
 COLUMNS = [*SHARED, "samples", "seconds", "sampling_s", "clip_frac", "ratio_max", "sampler_gap_max",
            "grad_norm", "frac_zero_std", "eval_r", "accuracy", "diversity", "frechet", "peak_mem_mb"]
 # A resumed run may give these otherwise. The batch sizes may change with the number of processes.
-MAY_CHANGE = {"resume", "epochs", "steps", "sample_batch_size", "train_batch_size", "device", "backend",
-              "gradient_accumulation_steps", "data_parallel", "num_workers", "log", "log_every",
+MAY_CHANGE = {"resume", "overwrite", "epochs", "steps", "sample_batch_size", "train_batch_size", "device",
+              "backend", "gradient_accumulation_steps", "data_parallel", "num_workers", "log", "log_every",
               "log_image_every", "out", "save_every", "ckpt_sharded", "track", "wandb_project",
               "wandb_entity", "wandb_run_name"}
 
@@ -99,6 +99,7 @@ class Args:
     save_every: Annotated[int | None, AtLeast(0)] = None  # steps between checkpoints; 0: write none
     ckpt_sharded: bool = False  # each process writes its own part of a checkpoint
     resume: bool = False  # go on from the last checkpoint in --out
+    overwrite: bool = False  # begin anew in a finished run's place
     log: str = "logs/c2i.csv"  # the CSV of the run
     log_every: Annotated[int | None, AtLeast(1)] = None  # steps between rows of the CSV
     log_image_every: Annotated[int, AtLeast(0)] = 100  # steps between pictures of the rollout; 0: none
@@ -154,6 +155,7 @@ def main(args):
     arguments = asdict(args) | {"the global batch": B * world}  # a resume compares them
     if args.resume:
         folder, state = dist.last_state(args.out, arguments, MAY_CHANGE, args.ALIASES, MADE_BY)
+    checkpoint.earlier(args, dist.checkpoints(args.out))
     vq, policy, classifier, judge = ranks.first_on_rank_0(lambda: load_models(args, is_digits, device))
     T = policy.config.block_size
     score_images = pick_reward(args, classifier, is_digits)
@@ -175,6 +177,7 @@ def main(args):
         counts = {name: state[name] for name in counts}
     start = counts["step"]
     total = max(start, min(args.epochs * (len(data) // (B * world)), args.steps or 10**12))
+    checkpoint.take(args, dist.checkpoints(args.out))
     write_run_record(args.log, args, device=str(device), world=world)
     log = open_log(args, total, start)
     interrupt = Interrupt()
@@ -252,6 +255,7 @@ def main(args):
     after = evaluate(policy, args, vq, judge, score_images) if is_digits else None
     if rank == 0:
         report(args, log, total, before, after, judge)
+    guard.release()
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class Args:
     out: str = "out/cnn"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
+    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: nothing here changes what is learnt ----
     num_workers: Annotated[int, AtLeast(0)] = 0  # processes that read image files
     save_every: Annotated[int, AtLeast(1)] = 100  # steps
@@ -131,7 +132,8 @@ def main(args):
     ref = copy.deepcopy(policy)  # same requires_grad: else the CPU takes other kernels, KL begins at 1e-9
     optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, betas=(0.9, 0.99),
                                   weight_decay=args.weight_decay)
-    state = run.hold({"classes": data.classes}, counts={"best": -1.0},
+    best_file = f"{args.out}/best_{Path(args.model).name}_grpo.pt"
+    state = run.hold({"classes": data.classes}, counts={"best": -1.0}, writes=[best_file],
                      model=policy, ref=ref, optimizer=optimizer)
     if state and state["classes"] != data.classes:
         die(f"--resume: the classes of {args.data_root} are not those of {args.out}/state.pth: give the same "
@@ -139,7 +141,6 @@ def main(args):
     reward_of = pick_reward(args.reward, args, data, ref, device)
     before, guess_before = evaluate(ref, ref, data, reward_of, args, device)
     run.record["before"] = before
-    best_file = f"{args.out}/best_{Path(args.model).name}_grpo.pt"
     about = {"classes": data.classes, "config": asdict(args)}
 
     loader = batches(data.train, args.batch_size, args.seed, run.start, args.steps, args.num_workers,

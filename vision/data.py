@@ -102,7 +102,7 @@ def stack(items):
 def step_index(n, batch_size, seed, step):
     """The indices of a step's images; the order of an epoch follows from (seed, epoch) alone."""
     a_pass = max(1, n // batch_size)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step // a_pass)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step // a_pass + 10**15)  # no step's draws
     return torch.randperm(n, generator=generator)[step % a_pass * batch_size:][:batch_size]
 
 

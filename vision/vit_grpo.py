@@ -78,6 +78,7 @@ class Args:
     out: str = "out/vit"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
+    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: nothing here changes what is learnt ----
     num_workers: Annotated[int, AtLeast(0)] = 0  # processes that read image files
     save_every: Annotated[int, AtLeast(1)] = 50  # steps
@@ -174,11 +175,11 @@ def main(args):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99),
                                   weight_decay=args.weight_decay, fused=True)
     about = {"config": asdict(policy.config), "classes": data.classes}
-    run.hold(about, counts={"best": -1.0}, model=policy, ref=ref, optimizer=optimizer)
+    best_file = f"{args.out}/best_vit_{args.task}_grpo.pt"
+    run.hold(about, counts={"best": -1.0}, writes=[best_file], model=policy, ref=ref, optimizer=optimizer)
     reward_of = pick_reward(reward_name, args, data, ref, device)
     before, first_before = evaluate(ref, ref, data, reward_of, args, run)
     run.record["before"] = before
-    best_file = f"{args.out}/best_vit_{args.task}_grpo.pt"
 
     loader = batches(data.train, B, args.seed, run.start, args.steps, args.num_workers, args.bad_images)
     for step, (images, target, names) in zip(run.steps(), loader):

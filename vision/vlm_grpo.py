@@ -20,7 +20,7 @@ import utils  # before torch: it sets how OpenMP's threads wait
 import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from utils import checkpoint
+from utils import checkpoint, guard
 from utils.cli import AtLeast, Interrupt, die, need, parse, resume_command
 from utils.device import peak_mem_mb, pick_device, rank, world, write_run_record
 from utils.log import SHARED, Log
@@ -78,6 +78,7 @@ class Args:
     out: str = "out/vlm"  # folder of the checkpoint and the final model
     save_every: Annotated[int, AtLeast(1)] = 50  # steps between checkpoints
     resume: bool = False  # go on from the checkpoint in --out
+    overwrite: bool = False  # begin anew in a finished run's place
 
 
 def refuse(args):
@@ -249,7 +250,13 @@ def main(args):
     need("transformers", "vlm").utils.logging.disable_progress_bar()
     device = pick_device(args.device)
     objective = replace(OBJECTIVES[args.objective], beta=args.beta)
-    state = args.resume and checkpoint.load_state(f"{args.out}/state.pth", args, MADE_BY, ("step",))
+    results = [f"{args.out}/{name}" for name in ("state.pth", "final", "start")
+               if not args.model or Path(args.out, name).resolve() != Path(args.model).resolve()]
+    if not args.preview:
+        checkpoint.earlier(args, results)
+    state = args.resume and checkpoint.load_state(results[0], args, MADE_BY, ("step",))
+    if state:
+        checkpoint.left(results[0], state["step"], args.steps)
     config = models.trl_config(args, objective, device) if args.engine == "trl" else None
     batch = config.generation_batch_size if config else args.per_device_train_batch_size  # answers a step
     path = args.model or f"{args.out}/start"
@@ -269,6 +276,7 @@ def main(args):
     B = batch // args.group_size
     if len(train) < B:
         die(f"{len(train)} examples to train on, a step takes {B}: give more data or fewer answers a step")
+    checkpoint.take(args, results)
     if not (args.model or state):
         clock = time.perf_counter()
         save_folder(path, *models.supervise(scenes(3000, args.seed, "train"), args.sft_steps, args.sft_lr,
@@ -294,6 +302,7 @@ def main(args):
     after, last_texts = progress.evaluate(policy)
     progress.log.write(step=args.steps, **after)
     progress.log.close()
+    guard.release()
     write_run_record(args.log, args, **record, after=after)
     draw(f"{stem}_images.png", progress.held_out[:10], {"before": first_texts, "after": last_texts})
     gains = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in ("accuracy", "eval_r"))
