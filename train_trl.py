@@ -27,7 +27,7 @@ from utils.device import pick_autocast
 from utils.rewards import JUDGES
 from utils.run import Run, step_generator
 from utils.text import completions
-from utils.trl import attach, export, given_fields, grpo_config, trl_refusing
+from utils.trl import attach, export, given_fields, grpo_config, load_trl, trl_refusing
 
 
 @dataclass
@@ -92,7 +92,8 @@ def configure(args, objective, device, updates):
         "sync_ref_model": bool(args.sync_ref_every and objective.beta), "ref_model_mixup_alpha": 1.0,
         "ref_model_sync_steps": max(1, args.sync_ref_every * updates),
         "bf16": pick_autocast(device, args.dtype)[1] == "bf16", "gradient_checkpointing": args.grad_checkpoint,
-    }, lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta2=0.99, save_total_limit=2)
+    }, lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta2=0.99, save_total_limit=2,
+                       ddp_find_unused_parameters=False)
 
 
 class Loop:
@@ -148,7 +149,7 @@ class Loop:
 def main(args):
     # ---- set-up ----
     updates = args.epochs_per_rollout * args.minibatches
-    trl, datasets = need("trl", "trl"), need("datasets", "trl")
+    trl, datasets = load_trl(), need("datasets", "trl")
     with refusing():
         objective, _ = techniques.pick_objective(args, updates)
         device = ranks.start(args.device)

@@ -6,7 +6,9 @@ Left out: TRL's own techniques; --trl.NAME VALUE sets any field that no flag set
 """
 import contextlib
 import json
+import os
 import sys
+import warnings
 from pathlib import Path
 
 from utils.cli import die, need
@@ -18,6 +20,16 @@ NUMBERS = {  # a column of our CSV: the name in TRL's log
     "loss": "loss", "mean_r": "reward", "kl": "kl", "entropy": "entropy", "grad_norm": "grad_norm",
     "length": "completions/mean_length", "frac_zero_std": "frac_reward_zero_std",
     "clip_frac": "clip_ratio/region_mean"}
+
+
+def load_trl():
+    """The package trl, with transformers' bars and advice silenced."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    trl, logging = need("trl", "trl"), need("transformers", "trl").utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return trl
 
 
 def given_fields():
