@@ -1,7 +1,7 @@
 """The same run on TRL's GRPOTrainer (1.16): the way to several GPUs, to DeepSpeed, FSDP and vLLM.
 
-`diff train_grpo.py train_trl.py` says it: the loop is TRL's. Prompts of each step, reward, evaluation and CSV are
-train_grpo.py's. utils/trl.py makes TRL's objective ours. TRL draws the answers by random numbers of its own.
+`diff train_grpo.py train_trl.py` shows that the loop is TRL's. The prompts of a step, the reward, the evaluation
+and the CSV are train_grpo.py's. utils/trl.py makes TRL's objective ours. TRL draws answers by numbers of its own.
 What TRL doesn't measure stays empty: ratio_max, ref_logp, and kl with β 0.
 Left out: the flags that TRL has no equal of, LoRA.
 Run: python train_trl.py (several processes: accelerate launch --num_processes 2 train_trl.py)
@@ -23,11 +23,9 @@ from policy import load_policy
 from rollout import COLUMNS, Environment
 from utils import checkpoint, hf, ranks
 from utils.cli import AtLeast, die, need, parse, program, refusing, resume_command
-from utils.device import pick_autocast
 from utils.rewards import JUDGES
 from utils.run import Run, step_generator
-from utils.text import completions
-from utils.trl import attach, export, given_fields, grpo_config, load_trl, trl_refusing
+from utils.trl import attach, export, given_fields, load_trl, rollout_config, trl_refusing
 
 
 @dataclass
@@ -69,31 +67,7 @@ class Args(techniques.Techniques):
     save_every: Annotated[int, AtLeast(1)] = 20  # steps
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of TRL's passes
-    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the evaluation's sampling, as in train_grpo.py
-
-
-def configure(args, objective, device, updates):
-    """GRPOConfig of the flags. A step has B prompts: each process passes `size` of them at a time."""
-    for name in ("kl_in_reward", "dynamic_sampling", "tis_cap"):
-        if getattr(args, name):
-            die(f"--{name}: TRL has no equal. Leave it out, or run train_grpo.py")
-    if args.overlong == "penalty" or args.sync_ref_every and args.resume:
-        die("--overlong penalty and --sync_ref_every with --resume: TRL has no equal. Run train_grpo.py")
-    ranks.whole_parts(args.prompts_per_step, args.minibatches * ranks.world(), "--minibatches times processes")
-    share = args.prompts_per_step // args.minibatches // ranks.world()
-    size = args.micro_batch or share
-    ranks.whole_parts(share, size, "--micro_batch")
-    return grpo_config(objective, args, device, {
-        "max_steps": args.steps * updates, "save_steps": args.save_every * updates, "logging_steps": updates,
-        "per_device_train_batch_size": size * args.group_size, "gradient_accumulation_steps": share // size,
-        "steps_per_generation": args.minibatches * share // size, "num_iterations": args.epochs_per_rollout,
-        "max_grad_norm": args.grad_clip, "entropy_coef": args.entropy_coef,
-        "top_entropy_quantile": args.top_entropy, "mask_truncated_completions": args.overlong == "mask",
-        "sync_ref_model": bool(args.sync_ref_every and objective.beta), "ref_model_mixup_alpha": 1.0,
-        "ref_model_sync_steps": max(1, args.sync_ref_every * updates),
-        "bf16": pick_autocast(device, args.dtype)[1] == "bf16", "gradient_checkpointing": args.grad_checkpoint,
-    }, lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta2=0.99, save_total_limit=2,
-                       ddp_find_unused_parameters=False)
+    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of evaluation, as in train_grpo.py
 
 
 class Loop:
@@ -105,18 +79,9 @@ class Loop:
 
     def __call__(self, completion_ids, index, **_):
         """Token ids of b·G answers, and the rows of their prompts -> b·G rewards."""
-        env, G, length = self.env, self.args.group_size, torch.tensor(list(map(len, completion_ids)))
-        prompts = env.train.pick(torch.tensor(index))
-        mask = torch.arange(env.T) < length[:, None]  # (b·G, T)
-        ids = torch.zeros(mask.shape, dtype=torch.long)
-        ids[mask] = torch.tensor(sum(completion_ids, []))
-        texts = completions(ids, mask, env.tokenizer)
-        tokens = torch.cat([prompts.tokens, ids], 1)  # (b·G, P + T)
-        tokens, mask = (x.unflatten(0, (-1, G)).to(env.device) for x in (tokens, mask))
-        pad = None if prompts.pad is None else prompts.pad.view(-1, G)
-        self.answers = Answers(tokens, None, mask, pad, prompts, texts, env.share, self.args.prompts_per_step)
-        env.drawn += torch.tensor([len(index), int(mask.sum())])
-        self.reward = env.reward(self.answers)  # (b, G)
+        self.answers = Answers.of_ids(completion_ids, self.env.train.pick(torch.tensor(index)), self.env)
+        self.env.drawn += torch.tensor([len(index), int(self.answers.mask.sum())])
+        self.reward = self.env.reward(self.answers)  # (b, G)
         return self.reward.flatten().tolist()
 
     def fetch(self):
@@ -136,7 +101,7 @@ class Loop:
         return max(ranks.gather([self.run.interrupt.asked]))
 
     def write(self, step, **numbers):
-        checkpoint.finite(step, self.args.out, loss=numbers["loss"], grad_norm=numbers["grad_norm"])
+        checkpoint.finite(step, self.args.out, **numbers)
         reward = ranks.gather(self.reward)  # (B, G)
         adv = group_advantage(reward, self.objective.baseline, self.objective.scale)
         self.run.write(**numbers | self.env.measure(self.answers, reward, adv), **self.held_out)
@@ -153,7 +118,7 @@ def main(args):
     with refusing():
         objective, _ = techniques.pick_objective(args, updates)
         device = ranks.start(args.device)
-        config = configure(args, objective, device, updates)
+        config = rollout_config(objective, args, device, updates)
     run = Run(args, COLUMNS, args.steps, device, program(), 0, objective=objective, trl=version("trl"))
     policy, tokenizer = load_policy(args.policy, device)
     env = Environment(args, policy, tokenizer, run)
@@ -162,8 +127,9 @@ def main(args):
     # ---- TRL's trainer, from a folder: it loads the reference from where the policy came from ----
     with tempfile.TemporaryDirectory(prefix="nanogrpo-") as folder:
         reader = export(policy, tokenizer, folder)
-        rows = [env.train.draw(args.prompts_per_step, step_generator(args.seed, s)) for s in range(args.steps)]
-        rows = torch.cat(rows).tolist()  # those that train_grpo.py draws
+        rows = [env.train.draw(args.prompts_per_step, step_generator(args.seed, step))
+                for step in range(args.steps)]  # those that train_grpo.py draws
+        rows = torch.cat(rows).tolist()
         short = env.train.columns.get("short") if env.task else None
         prompts = [tokenizer.prompt(env.train.texts[i], short and short[i]) for i in rows]
         data = datasets.Dataset.from_dict({"prompt": prompts, "index": rows})

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer (1.16) as a trainer of grpo.py's objectives: its settings, and what it calls.
 
 TRL's defaults are not GRPO's, so every field that changes what is learnt is set here. With several minibatches
-its token means divide by their average number of tokens, and it deals out answers, not groups.
+its means over tokens divide by the average minibatch's tokens, and it shuffles answers, not groups.
 Left out: TRL's own techniques; --trl.NAME VALUE sets any field that no flag sets.
 """
 import contextlib
@@ -11,7 +11,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from utils import ranks
 from utils.cli import die, need
+from utils.device import pick_autocast
 
 LOSSES = {  # (surrogate, reduce) of an Objective: TRL's loss_type
     ("clip", "answer"): "grpo", ("clip", "token"): "dapo", ("clip", "length"): "dr_grpo",
@@ -39,14 +41,12 @@ def given_fields():
 
 def objective_fields(o):
     """An Objective of grpo.py as fields of GRPOConfig. ValueError where TRL has no equal."""
-    lacking = [f"baseline={o.baseline!r}"] if o.baseline != "mean" else []
-    lacking += [f"scale={o.scale!r}"] if o.scale == "mean" else []
-    lacking += [f"ratio={o.ratio!r}"] if o.ratio == "none" else []
-    lacking += [f"surrogate={o.surrogate!r} with reduce={o.reduce!r}"] if (o.surrogate, o.reduce) not in LOSSES else []
-    lacking += [f"kl={o.kl!r}"] if o.beta and o.kl != "k3" else []
+    equal = {"baseline": o.baseline == "mean", "scale": o.scale != "mean", "ratio": o.ratio != "none",
+             "reduce": (o.surrogate, o.reduce) in LOSSES, "kl": not o.beta or o.kl == "k3"}
+    lacking = [f"{name}={getattr(o, name)!r}" for name, has in equal.items() if not has]
     if lacking:
-        raise ValueError(f"TRL has no equal of an objective with {', '.join(lacking)}: wanted grpo, dr_grpo, dapo, "
-                         "lite_ppo, gspo, luspo, cispo or sapo")
+        raise ValueError(f"TRL has no equal of an --objective with {', '.join(lacking)}: wanted grpo, dr_grpo, "
+                         "dapo, lite_ppo, gspo, luspo, cispo or sapo, or run train_grpo.py")
     return {"loss_type": LOSSES[o.surrogate, o.reduce], "importance_sampling_level": o.ratio,
             "scale_rewards": o.scale, "epsilon": o.eps_low, "epsilon_high": o.eps_high, "delta": o.delta,
             "beta": o.beta, "use_bias_correction_kl": o.kl_ratio, "sapo_temperature_pos": o.tau_pos,
@@ -61,9 +61,10 @@ def grpo_config(objective, args, device, fixed, **free):
     from transformers import HfArgumentParser
     from trl import GRPOConfig
     ours = objective_fields(objective) | {
-        "num_generations": args.group_size, "temperature": args.temperature, "max_completion_length": args.max_new,
-        "learning_rate": args.lr, "seed": args.seed % 2**32, "output_dir": args.out, "shuffle_dataset": False,
-        "remove_unused_columns": False, "logging_nan_inf_filter": False} | fixed
+        "num_generations": args.group_size, "temperature": args.temperature,
+        "max_completion_length": args.max_new, "learning_rate": args.lr, "seed": args.seed % 2**32,
+        "output_dir": args.out, "shuffle_dataset": False, "remove_unused_columns": False,
+        "logging_nan_inf_filter": False} | fixed
     free = {"use_cpu": device.type == "cpu", "bf16": False, "gradient_checkpointing": False, "top_p": 1.0,
             "top_k": 0, "repetition_penalty": 1.0, "warmup_steps": 0, "weight_decay": 0.0, "report_to": "none",
             "disable_tqdm": True, "disable_dropout": True, "save_total_limit": 1} | free
@@ -81,6 +82,35 @@ def grpo_config(objective, args, device, fixed, **free):
         return GRPOConfig(**ours, **free)
 
 
+def rollout_config(objective, args, device, updates):
+    """GRPOConfig of train_trl.py's flags. TRL counts answers, and its step is an optimizer's, not a rollout.
+
+    updates: optimizer steps in a rollout. Each process passes `size` prompts at a time.
+    """
+    for name in ("kl_in_reward", "dynamic_sampling", "tis_cap"):
+        if getattr(args, name):
+            die(f"--{name}: TRL has no equal. Leave it out, or run train_grpo.py")
+    if args.overlong == "penalty" or args.sync_ref_every and args.resume:
+        die("--overlong penalty and --sync_ref_every with --resume: TRL has no equal. Run train_grpo.py")
+    parts = args.minibatches * ranks.world()
+    ranks.whole_parts(args.prompts_per_step, parts, "--minibatches times the number of processes, ")
+    share = args.prompts_per_step // parts
+    size = args.micro_batch or share
+    ranks.whole_parts(share, size, "--micro_batch")
+    return grpo_config(objective, args, device, {
+        "max_steps": args.steps * updates, "save_steps": args.save_every * updates, "logging_steps": updates,
+        "per_device_train_batch_size": size * args.group_size, "gradient_accumulation_steps": share // size,
+        "steps_per_generation": args.minibatches * share // size, "num_iterations": args.epochs_per_rollout,
+        "max_grad_norm": args.grad_clip, "entropy_coef": args.entropy_coef,
+        "top_entropy_quantile": args.top_entropy, "mask_truncated_completions": args.overlong == "mask",
+        "sync_ref_model": bool(args.sync_ref_every and objective.beta), "ref_model_mixup_alpha": 1.0,
+        "ref_model_sync_steps": max(1, args.sync_ref_every * updates),
+        "bf16": pick_autocast(device, args.dtype)[1] == "bf16",
+        "gradient_checkpointing": args.grad_checkpoint,
+    }, lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta2=0.99, save_total_limit=2,
+        ddp_find_unused_parameters=False)
+
+
 @contextlib.contextmanager
 def trl_refusing():
     """Turns what TRL raises about its configuration into a clear message."""
@@ -91,10 +121,10 @@ def trl_refusing():
 
 
 def export(policy, tokenizer, folder):
-    """Writes a policy of ours for TRL -> transformers' tokenizer, which adds no token of its own to a prompt."""
+    """Writes a policy of ours for TRL -> transformers' tokenizer, which adds no token to a prompt."""
     if any(len(stop) > 1 for stop in tokenizer.stops):
-        die(f"TRL ends an answer at one token, and this policy at several, {tokenizer.stops[0]}: take one whose "
-            "tokenizer is bpe or a chat model's")
+        die(f"TRL ends an answer at one token, and this policy at several, {tokenizer.stops[0]}: take one "
+            "whose tokenizer is bpe, or a chat model")
     policy.export_hf(folder, tokenizer)
     source = Path(folder) / "tokenizer.json"
     source.write_text(json.dumps(json.loads(source.read_text(encoding="utf-8")) | {"post_processor": None}))
@@ -124,7 +154,7 @@ def attach(trainer, run, updates=1):
 
         def on_log(self, _, state, control, logs=None, **kwargs):
             if "reward" in logs:  # TRL's summary at the end has none
-                numbers = {ours: logs.get(theirs) for ours, theirs in NUMBERS.items()}
+                numbers = {ours: logs[theirs] for ours, theirs in NUMBERS.items() if theirs in logs}
                 adv = torch.tensor(trainer._logs["advantages"])
                 run.write(state.global_step // updates - 1, **numbers, token_adv=adv.abs().mean())
 
