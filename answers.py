@@ -27,7 +27,7 @@ class Answers:
 
     @classmethod
     def of_ids(cls, ids, prompts, env):
-        """Lists of token ids, G side by side for each of b prompts, as another engine sampled them; no logp."""
+        """Lists of token ids, G for each of b prompts, as another engine sampled them; no logp."""
         mask = torch.arange(env.T) < torch.tensor([[len(answer)] for answer in ids])  # (b·G, T)
         tokens = torch.zeros(mask.shape, dtype=torch.long)
         tokens[mask] = torch.tensor([token for answer in ids for token in answer])

@@ -1,7 +1,7 @@
 """The same run on TRL's GRPOTrainer (1.16): the way to several GPUs, to DeepSpeed, FSDP and vLLM.
 
-`diff train_grpo.py train_trl.py` shows that the loop is TRL's. The prompts of a step, the reward, the evaluation
-and the CSV are train_grpo.py's. utils/trl.py makes TRL's objective ours. TRL draws answers by numbers of its own.
+`diff train_grpo.py train_trl.py` shows that the loop is TRL's. The prompts of a step, the reward, the
+evaluation and the CSV are train_grpo.py's. utils/trl.py makes TRL's objective ours. TRL draws other answers.
 What TRL doesn't measure stays empty: ratio_max, ref_logp, and kl with β 0.
 Left out: the flags that TRL has no equal of, LoRA.
 Run: python train_trl.py (several processes: accelerate launch --num_processes 2 train_trl.py)

@@ -23,7 +23,8 @@ from utils.text import completions  # noqa: E402
 from utils.tokenizer import ChatTokenizer, train_tokenizer  # noqa: E402
 from utils.trl import export, objective_fields, rollout_config  # noqa: E402
 
-TEMPLATE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+TEMPLATE = ("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<s>{% endif %}")
 TINY = ["--task", "add", "--prompts_per_step", 3, "--group_size", 4, "--max_new", 5, "--eval_prompts", 4,
         "--dtype", "fp32", "--device", "cpu", "--seed", 7]
 
@@ -36,7 +37,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
-    """A random chat model whose tokenizer would put <s> before all text, as Llama 3's does. It says digits."""
+    """A random chat model that says digits. Its tokenizer puts <s> before all text, as Llama 3's does."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -67,7 +68,7 @@ def watch(monkeypatch, name):
 
 
 def test_trl_reads_our_prompts_and_earns_the_tasks_reward(chat, monkeypatch, capsys):
-    """A step's prompts are train_grpo.py's, token by token, in the template once; its rewards are the check's."""
+    """A step's prompts are train_grpo.py's to the token, in the template once; its rewards are the check's."""
     read, rewarded = watch(monkeypatch, "_generate_single_turn"), watch(monkeypatch, "_calculate_rewards")
     # a check that gives more than 0 to random answers: the share of digits
     Path("mine.py").write_text("from tasks import TASKS, Task\ndef digits(text, row):\n"
@@ -87,7 +88,8 @@ def test_trl_reads_our_prompts_and_earns_the_tasks_reward(chat, monkeypatch, cap
         texts = [tokenizer.decode(answer) for answer in ids]
         wanted = [task.reward(text, {"answer": train.columns["answer"][i]}) for text, i in zip(texts, index)]
         assert rewarded[step][1].flatten().tolist() == pytest.approx(wanted)
-        assert len(set(wanted)) > 2 and float(rows[step]["mean_r"]) == pytest.approx(sum(wanted) / 12, rel=1e-6)
+        assert len(set(wanted)) > 2
+        assert float(rows[step]["mean_r"]) == pytest.approx(sum(wanted) / 12, rel=1e-6)
         assert float(rows[step]["length"]) * 12 == pytest.approx(sum(map(len, ids)), rel=1e-6)
         cut = sum(len(answer) == 5 and answer[-1] != 1 for answer in ids)
         assert float(rows[step]["frac_cut"]) == pytest.approx(cut / 12, abs=1e-6)
@@ -109,8 +111,17 @@ def test_trl_reads_our_prompts_and_earns_the_tasks_reward(chat, monkeypatch, cap
     assert "2 steps" in capsys.readouterr().out
 
 
+def test_a_policy_of_sft_reads_the_short_form(monkeypatch):
+    read = watch(monkeypatch, "_generate_single_turn")
+    cli(train_trl, "--policy", tiny() / "policy.pth", *TINY, "--steps", 1)
+    tokenizer = load_policy(tiny() / "policy.pth")[1]
+    train = load_task("add").prompts(tokenizer, 7)[0]
+    index = train.draw(3, step_generator(7, 0)).repeat_interleave(4).tolist()
+    assert read[0][0][0] == [tokenizer.encode(train.columns["short"][i]) for i in index]
+
+
 def test_the_reward_models_score_and_several_updates(monkeypatch):
-    """On the corpus with the reward model; two epochs of two minibatches in parts of one prompt a row of the CSV."""
+    """On the corpus with the reward model; a row of the CSV is two epochs of two minibatches of two parts."""
     seen, call = [], train_trl.Loop.__call__
 
     def watched(self, completion_ids, index, **kwargs):
@@ -133,12 +144,13 @@ def test_the_reward_models_score_and_several_updates(monkeypatch):
 
 def test_flags_as_fields():
     """B 8, G 4: two epochs of two optimizer steps, four prompts each, two at a time."""
-    args = train_trl.Args(prompts_per_step=8, group_size=4, minibatches=2, epochs_per_rollout=2, micro_batch=2,
-                          steps=3, dtype="fp32", overlong="mask", entropy_coef=0.1, top_entropy=0.2,
-                          sync_ref_every=5)
+    args = train_trl.Args(prompts_per_step=8, group_size=4, minibatches=2, epochs_per_rollout=2,
+                          micro_batch=2, steps=3, dtype="fp32", overlong="mask", entropy_coef=0.1,
+                          top_entropy=0.2, sync_ref_every=5)
     config = rollout_config(OBJECTIVES["grpo"], args, torch.device("cpu"), 4)
     wanted = {"generation_batch_size": 32, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
-              "steps_per_generation": 4, "num_iterations": 2, "max_steps": 12, "logging_steps": 4, "bf16": False,
+              "steps_per_generation": 4, "num_iterations": 2, "max_steps": 12, "logging_steps": 4,
+              "bf16": False,
               "mask_truncated_completions": True, "entropy_coef": 0.1, "top_entropy_quantile": 0.2,
               "sync_ref_model": True, "ref_model_sync_steps": 20, "ref_model_mixup_alpha": 1.0, "top_k": 0,
               "use_bias_correction_kl": False, "disable_dropout": True, "beta": 0.04, "adam_beta2": 0.99}
@@ -182,7 +194,7 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(monkeypatch, capsys):
     (["--kl_in_reward"], "--kl_in_reward"), (["--dynamic_sampling", 1], "--dynamic_sampling"),
     (["--tis_cap", 2], "--tis_cap"), (["--overlong", "penalty"], "--overlong penalty"),
     (["--group_size", 1], "--group_size 1"), (["--minibatches", 3], "--minibatches"),
-    (["--micro_batch", 3], "--micro_batch"), (["--trl.nonsense", 1], "--trl.nonsense: trl.GRPOConfig has no such"),
+    (["--micro_batch", 3], "--micro_batch"), (["--trl.nonsense", 1], "--trl.nonsense: trl.GRPOConfig has no"),
     (["--trl.learning_rate", 1], "--trl.learning_rate: the script sets it"), (["--trl.top_k", "x"], "top_k"),
     (["--trl.use_vllm", "True"], "TRL refuses"), (["--policy", "nothing.pth"], "nothing.pth")])
 def test_bad_input_ends_with_one_line_and_no_file(words, said, capsys):
@@ -206,7 +218,7 @@ def test_a_stop_of_several_tokens_and_a_missing_package(monkeypatch, capsys):
 
 
 def test_the_exported_tokenizer_is_ours(chat):
-    """A π₀ of bpe and the chat model: the same ids, the same text behind a stop, padding within the vocabulary."""
+    """A π₀ of bpe and the chat model: the same ids, the same text before a stop, padding in the vocabulary."""
     for path in (tiny() / "policy.pth", chat):
         policy, tokenizer = load_policy(path)
         reader = export(policy, tokenizer, "start")

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer (1.16) as a trainer of grpo.py's objectives: its settings, and what it calls.
 
-TRL's defaults are not GRPO's, so every field that changes what is learnt is set here. With several minibatches
-its means over tokens divide by the average minibatch's tokens, and it shuffles answers, not groups.
+TRL's defaults are not GRPO's, so every field that changes what is learnt is set here. With several
+minibatches its means over tokens divide by the average minibatch's tokens, and it shuffles answers, not groups.
 Left out: TRL's own techniques; --trl.NAME VALUE sets any field that no flag sets.
 """
 import contextlib
@@ -45,8 +45,8 @@ def objective_fields(o):
              "reduce": (o.surrogate, o.reduce) in LOSSES, "kl": not o.beta or o.kl == "k3"}
     lacking = [f"{name}={getattr(o, name)!r}" for name, has in equal.items() if not has]
     if lacking:
-        raise ValueError(f"TRL has no equal of an --objective with {', '.join(lacking)}: wanted grpo, dr_grpo, "
-                         "dapo, lite_ppo, gspo, luspo, cispo or sapo, or run train_grpo.py")
+        raise ValueError(f"TRL has no equal of an --objective with {', '.join(lacking)}: wanted grpo, "
+                         "dr_grpo, dapo, lite_ppo, gspo, luspo, cispo or sapo, or run train_grpo.py")
     return {"loss_type": LOSSES[o.surrogate, o.reduce], "importance_sampling_level": o.ratio,
             "scale_rewards": o.scale, "epsilon": o.eps_low, "epsilon_high": o.eps_high, "delta": o.delta,
             "beta": o.beta, "use_bias_correction_kl": o.kl_ratio, "sapo_temperature_pos": o.tau_pos,
@@ -66,8 +66,8 @@ def grpo_config(objective, args, device, fixed, **free):
         "output_dir": args.out, "shuffle_dataset": False, "remove_unused_columns": False,
         "logging_nan_inf_filter": False} | fixed
     free = {"use_cpu": device.type == "cpu", "bf16": False, "gradient_checkpointing": False, "top_p": 1.0,
-            "top_k": 0, "repetition_penalty": 1.0, "warmup_steps": 0, "weight_decay": 0.0, "report_to": "none",
-            "disable_tqdm": True, "disable_dropout": True, "save_total_limit": 1} | free
+            "top_k": 0, "repetition_penalty": 1.0, "warmup_steps": 0, "weight_decay": 0.0,
+            "report_to": "none", "disable_tqdm": True, "disable_dropout": True, "save_total_limit": 1} | free
     free = {name: value for name, value in free.items() if name not in ours}
     parser = HfArgumentParser(GRPOConfig, allow_abbrev=False, add_help=False)
     parser.error = lambda message: die(f"--trl: {message}")
