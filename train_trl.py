@@ -22,7 +22,7 @@ from grpo import OBJECTIVES, group_advantage
 from policy import load_policy
 from rollout import COLUMNS, Environment
 from utils import checkpoint, hf, ranks
-from utils.cli import AtLeast, die, need, parse, program, refusing, resume_command
+from utils.cli import AtLeast, die, need, parse, program, refusing, resume_command, writing
 from utils.rewards import JUDGES
 from utils.run import Run, step_generator
 from utils.trl import attach, export, given_fields, load_trl, rollout_config, trl_refusing
@@ -133,7 +133,7 @@ def main(args):
         short = env.train.columns.get("short") if env.task else None
         prompts = [tokenizer.prompt(env.train.texts[i], short and short[i]) for i in rows]
         data = datasets.Dataset.from_dict({"prompt": prompts, "index": rows})
-        with trl_refusing():
+        with writing(args.out), trl_refusing():
             loop.trainer = trl.GRPOTrainer(folder, loop, config, data, processing_class=reader)
         attach(loop.trainer, loop, updates)
         run.hold(checkpoint.about(policy, tokenizer), "policy", model=policy)
