@@ -87,8 +87,8 @@ class Loop:
     def fetch(self):
         """Our policy takes TRL's weights. All processes gather them, and those of rank 0 count."""
         weights = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
-        if weights:
-            hf.fill(self.policy, weights)
+        if weights:  # torch.compile puts a prefix before the names
+            hf.fill(self.policy, {name.removeprefix("_orig_mod."): w for name, w in weights.items()})
         return self.policy
 
     def begin(self, step, model):
