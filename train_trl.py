@@ -57,6 +57,7 @@ class Args(techniques.Techniques):
     temperature: Annotated[float, AtLeast(1e-3)] = 1.0  # of sampling and scoring alike
     eval_every: Annotated[int, AtLeast(1)] = 20  # steps
     eval_prompts: Annotated[int, AtLeast(1)] = 64  # held-out prompts
+    eval_pass8: bool = True  # of a task: ask 8 answers to each of them, too
     log: str = "logs/trl.csv"  # the run's numbers
     out: str = "out/trl"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
