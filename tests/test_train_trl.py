@@ -169,7 +169,8 @@ def test_which_objectives_trl_has():
 
 
 def test_stopped_and_resumed_is_the_run_that_never_stopped(monkeypatch, capsys):
-    words = rl("--steps", 3, "--eval_every", 2, "--lr", 0.01, reward="share_of_e")
+    words = rl("--steps", 3, "--eval_every", 2, "--lr", 0.01, "--minibatches", 2, "--epochs_per_rollout", 2,
+               "--top_entropy", 0.5, "--entropy_coef", 0.01, "--overlong", "mask", reward="share_of_e")
     cli(train_trl, *words, "--log", "whole.csv", "--out", "out/whole")
     monkeypatch.setenv("KILL_AT_CALL", "2")  # before: an evaluation
     monkeypatch.setenv("KILL_WITH", "SIGINT")
