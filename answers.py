@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import ranks
-from utils.text import Prompts
+from utils.text import Prompts, completions
 
 
 @dataclass
@@ -24,6 +24,18 @@ class Answers:
     share: slice                # where these b stand among the B rows of all processes
     total: int                  # B
     useful: torch.Tensor | None = None  # (B,): the groups that need an update pass; None: all
+
+    @classmethod
+    def of_ids(cls, ids, prompts, env):
+        """Lists of token ids, G for each of b prompts, as another engine sampled them; no logp."""
+        mask = torch.arange(env.T) < torch.tensor([[len(answer)] for answer in ids])  # (b·G, T)
+        tokens = torch.zeros(mask.shape, dtype=torch.long)
+        tokens[mask] = torch.tensor([token for answer in ids for token in answer])
+        texts = completions(tokens, mask, env.tokenizer)
+        tokens = torch.cat([prompts.tokens, tokens], 1)  # (b·G, P + T)
+        tokens, mask = (x.unflatten(0, (-1, env.args.group_size)).to(env.device) for x in (tokens, mask))
+        pad = None if prompts.pad is None else prompts.pad.view(mask.shape[:2])
+        return cls(tokens, None, mask, pad, prompts, texts, env.share, env.args.prompts_per_step)
 
     def ungrouped(self):
         """The same with every answer a group of its own: B·G groups of one answer."""

@@ -188,8 +188,7 @@ class Llama(nn.Module):
         with hf.readable(source):
             with torch.device("meta"):  # no time and no memory for weights that are replaced
                 model = cls(LlamaConfig.from_hf(c, source))
-            weights = {name.removeprefix("model."): w.float() for name, w in weights.items()}
-            model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
+            hf.fill(model, weights, assign=True)
         return model.eval()
 
     def export_hf(self, folder, tokenizer=None):

@@ -4,6 +4,7 @@ Most cases run in this process, since main() leaves by SystemExit; a few subproc
 the same.
 """
 import http.server
+import importlib.util
 import io
 import json
 import os
@@ -26,6 +27,7 @@ import sample
 import sft
 import train_grpo
 import train_ppo
+import train_trl
 from model import GPT, GPTConfig
 from policy import load_policy
 from utils import checkpoint, text
@@ -35,7 +37,7 @@ from utils.log import Log
 from utils.tokenizer import train_tokenizer
 
 SCRIPTS = [sft, reward_model, train_grpo, train_ppo, sample, rlhf_demo, plot]
-RL_SCRIPTS = [train_grpo, train_ppo]
+RL_SCRIPTS = [train_grpo, train_ppo, *([train_trl] if importlib.util.find_spec("trl") else [])]
 
 
 @pytest.fixture(autouse=True)

@@ -91,21 +91,6 @@ def test_turns_side_by_side_keep_their_numbers(monkeypatch, tmp_path):
     assert dict(engines.side_by_side(calls, 2)) == {0: "four", 1: 4}
 
 
-def test_trls_tokenizer_gives_our_ids():
-    """On the play, whose merges were learned from its first half only, and on text that is in no corpus."""
-    pytest.importorskip("transformers")
-    play = PLAY.read_text(encoding="utf-8")
-    ours = train_tokenizer("bpe", play[:len(play) // 2], 600)
-    other = engines.hf_tokenizer(ours)
-    texts = [play, "\n\n\n", " ", "don't 'tis 1623!\tWho's  there?\n\nA\n", "Zoë’s café, naïve — 東京"]
-    ids = [ours.encode(text) for text in texts]
-    assert other(texts)["input_ids"] == ids and other.batch_decode(ids) == texts
-    assert other.eos_token_id == ours.stops[0][0] == ours.vocab_size - 1
-    assert other.decode(ids[1], skip_special_tokens=True) == "\n"
-    char = train_tokenizer("char", "abc .")
-    assert engines.hf_tokenizer(char)("c. ab")["input_ids"] == char.encode("c. ab")
-
-
 def test_compare_is_in_standard_errors_and_of_the_rise():
     """From 0 to 1.0, 1.2 and to 0.9, 1.1: difference 0.1, each s² 0.02, so the error √0.02."""
     def run(first, end, seconds):

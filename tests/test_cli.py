@@ -74,8 +74,8 @@ def test_help_has_three_groups_the_least_value_and_the_historical_name(monkeypat
     assert "ALIASES" not in text
 
 
-SCRIPTS = ["train_grpo.py", "train_ppo.py", "sft.py", "reward_model.py", "clip_grpo.py", "vision/cnn_grpo.py",
-           "vision/vit_grpo.py", "vision/c2i_grpo.py", "vision/vlm_grpo.py"]
+SCRIPTS = ["train_grpo.py", "train_ppo.py", "train_trl.py", "sft.py", "reward_model.py", "clip_grpo.py",
+           "vision/cnn_grpo.py", "vision/vit_grpo.py", "vision/c2i_grpo.py", "vision/vlm_grpo.py"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS)

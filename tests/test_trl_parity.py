@@ -1,7 +1,8 @@
 """Our loss and advantage against those of TRL's GRPOTrainer itself (1.16): values and gradients to 1e-6.
 
 The trainer is real, around a random two-layer GPT-2; only its forward pass gives way to logps of ours.
-Left out: TRL's entropy bonus, vLLM correction, off-policy mask, and luspo and vespo, which we don't have.
+Its settings are those of utils/trl.py.
+Left out: TRL's entropy bonus, vLLM correction, off-policy mask, and vespo, which we don't have.
 Run: python -m pytest tests/test_trl_parity.py (needs pip install -e ".[dev]")
 """
 from dataclasses import replace
@@ -9,23 +10,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo import OBJECTIVES, Objective, group_advantage, grpo_loss
+from grpo import OBJECTIVES, group_advantage, grpo_loss
+from utils.trl import objective_fields
 
 pytest.importorskip("trl")
 REWARDS = [1.0, 0.0, 0.5, 3.0, 0.1, 0.1, 0.1, 0.1, -2.0, 4.0, 4.0, 4.5]  # 3 prompts × 4 answers
 G, T, MAX_LEN = 4, 6, 9
 SAPO = replace(OBJECTIVES["sapo"], tau_pos=1.5, tau_neg=2.0)  # exact in float32, to which TRL rounds 1.05
-PAIRS = {  # TRL's loss_type, its level of the ratio, and our row
-    "grpo": ("grpo", "token", OBJECTIVES["grpo"]),
-    "bnpo": ("bnpo", "token", Objective(reduce="token")),
-    "dr_grpo": ("dr_grpo", "token", OBJECTIVES["dr_grpo"]),
-    "dapo": ("dapo", "token", OBJECTIVES["dapo"]),
-    "cispo": ("cispo", "token", replace(OBJECTIVES["cispo"], eps_high=1.3)),  # a cap low enough to bite here
-    "sapo": ("sapo", "token", SAPO),
-    "gspo": ("grpo", "sequence", replace(OBJECTIVES["gspo"], eps_low=0.1, eps_high=0.05)),
-    "gspo_dapo": ("dapo", "sequence", replace(OBJECTIVES["dapo"], ratio="sequence")),
-    "sapo_sequence": ("sapo", "sequence", replace(SAPO, ratio="sequence")),
-    "cispo_sequence": ("cispo", "sequence", replace(OBJECTIVES["cispo"], ratio="sequence", eps_high=1.05)),
+PAIRS = {  # rows of the table, and variants that TRL has too
+    **{name: OBJECTIVES[name] for name in ("grpo", "dr_grpo", "dapo", "lite_ppo")},
+    "cispo": replace(OBJECTIVES["cispo"], eps_high=1.3),  # a cap low enough to bite here
+    "sapo": SAPO,
+    "gspo": replace(OBJECTIVES["gspo"], eps_low=0.1, eps_high=0.05),
+    "luspo": replace(OBJECTIVES["luspo"], eps_low=0.1, eps_high=0.05),
+    "sum_of_tokens": replace(OBJECTIVES["luspo"], ratio="token", eps_low=0.1),
+    "gspo_dapo": replace(OBJECTIVES["dapo"], ratio="sequence"),
+    "sapo_sequence": replace(SAPO, ratio="sequence"),
+    "cispo_sequence": replace(OBJECTIVES["cispo"], ratio="sequence", eps_high=1.05),
 }
 
 
@@ -58,17 +59,14 @@ def batch(seed):
     return logp.requires_grad_(), old, ref, adv, mask
 
 
-def trl_loss(trainer, monkeypatch, loss_type, level, o, tensors, items, micro_batches=1):
+def trl_loss(trainer, monkeypatch, o, tensors, items, micro_batches=1):
     """TRL's loss of these answers and what it logs; `items`: tokens in its whole generation batch."""
     logp, old, ref, adv, mask = (x.flatten(0, 1) for x in tensors)
-    for name, value in {"loss_type": loss_type, "importance_sampling_level": level, "beta": o.beta,
-                        "epsilon_low": o.eps_low, "epsilon_high": o.eps_high,
-                        "current_gradient_accumulation_steps": micro_batches}.items():
-        monkeypatch.setattr(trainer, name, value, raising=name != "current_gradient_accumulation_steps")
-    for name, value in {"use_bias_correction_kl": o.kl_ratio, "delta": o.delta,
-                        "sapo_temperature_pos": o.tau_pos, "sapo_temperature_neg": o.tau_neg,
-                        "steps_per_generation": micro_batches}.items():
-        monkeypatch.setattr(trainer.args, name, value)
+    fields = objective_fields(o) | {"steps_per_generation": micro_batches}
+    fields["epsilon_low"] = fields.pop("epsilon")
+    for name, value in fields.items():  # the trainer has read some of them from its arguments already
+        monkeypatch.setattr(trainer if hasattr(trainer, name) else trainer.args, name, value)
+    monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", micro_batches, raising=False)
     monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies",
                         lambda *args, **kwargs: (logp, torch.zeros_like(logp.detach()), None))
     trainer.model.train()
@@ -86,12 +84,11 @@ def trl_loss(trainer, monkeypatch, loss_type, level, o, tensors, items, micro_ba
 @pytest.mark.parametrize("name", PAIRS)
 def test_loss_and_gradient_are_those_of_trl(trainer, monkeypatch, name, beta, kl_ratio, delta):
     """Same log-probabilities in, same loss and d loss / d logp out, off-policy and clipped; the logs too."""
-    loss_type, level, o = PAIRS[name]
-    o = replace(o, beta=beta, kl_ratio=kl_ratio, delta=delta)
+    o = replace(PAIRS[name], beta=beta, kl_ratio=kl_ratio, delta=delta)
     for seed in range(3):
         tensors = batch(seed)
         logp, mask = tensors[0], tensors[4]
-        theirs, log = trl_loss(trainer, monkeypatch, loss_type, level, o, tensors, mask.sum())
+        theirs, log = trl_loss(trainer, monkeypatch, o, tensors, mask.sum())
         ours, stats = grpo_loss(*tensors, o, max_len=MAX_LEN)
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
         grad, want = (torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (ours, theirs))
@@ -99,20 +96,19 @@ def test_loss_and_gradient_are_those_of_trl(trainer, monkeypatch, name, beta, kl
         assert want.abs().max() > 1e-3
         if beta and not kl_ratio:  # with the ratio, TRL logs ratio·k3; we log k3 always
             assert stats["kl"].item() == pytest.approx(log["kl"], rel=1e-6)
-        if level == "token" and o.surrogate == "clip" and delta is None:  # TRL counts after δ
+        if o.ratio == "token" and o.surrogate == "clip" and delta is None:  # TRL counts after δ
             assert stats["clip_frac"].item() == pytest.approx(log["clip_ratio/region_mean"], rel=1e-6)
             assert 0.1 < stats["clip_frac"] < 0.9
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "cispo", "sapo"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo"])
 def test_accumulated_micro_batches_are_those_of_trl(trainer, monkeypatch, name):
     """Three prompts as three accumulation steps: each of TRL's losses is ours with the step's counts."""
-    loss_type, level, o = PAIRS[name]
-    o, tensors = replace(o, beta=0.1), batch(7)
+    o, tensors = replace(PAIRS[name], beta=0.1), batch(7)
     items, total = tensors[4].sum(), 0.0
     for b in range(3):
         micro = [x[b:b + 1] for x in tensors]
-        theirs, _ = trl_loss(trainer, monkeypatch, loss_type, level, o, micro, items, micro_batches=3)
+        theirs, _ = trl_loss(trainer, monkeypatch, o, micro, items, micro_batches=3)
         ours, _ = grpo_loss(*micro, o, max_len=MAX_LEN, n_tokens=items, n_answers=3 * G)
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
         total = total + ours.detach()

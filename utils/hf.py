@@ -197,6 +197,13 @@ def write(folder, config, weights, tokenizer=None):
         tokenizer.export(folder)
 
 
+def fill(model, weights, assign=False):
+    """Loads weights of transformers' names and layout into a model of model.py or llama.py, in float32."""
+    ours = {name.removeprefix("transformer.").removeprefix("model."): w for name, w in weights.items()}
+    ours = {name: (ours[name].T if transposed(name) else ours[name]).float() for name in model.state_dict()}
+    model.load_state_dict(ours, assign=assign)
+
+
 # ---- GPT-2 ----
 def transposed(name):  # transformers keeps GPT-2's projections as (in, out)
     return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
@@ -212,8 +219,7 @@ def load_gpt2(source, model_class, config_class):
     with readable(source):
         model = model_class(config_class(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"],
                                          c["n_embd"]))
-        weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
-        model.load_state_dict({k: weights[k].T if transposed(k) else weights[k] for k in model.state_dict()})
+        fill(model, weights)
     return model
 
 

@@ -53,13 +53,13 @@ class Tokenizer:
 
     def encode_prompt(self, prompt, short=None):
         """A prompt as the policy reads it: a task's short form, where there is one."""
-        return self.encode(short or prompt)
+        return self.encode(self.prompt(prompt, short))
 
     def decode(self, ids):
         return self.encoding.decode(ids)
 
-    def prompt(self, text):  # a chat model's has a template
-        return text
+    def prompt(self, text, short=None):  # a chat model's has a template
+        return short or text
 
     def state(self):  # load_tokenizer(state) is the same one
         return {"name": self.name, "table": self.table}
@@ -89,7 +89,7 @@ class ChatTokenizer:
     def decode(self, ids):  # without the stop and the other tokens that stand for no text
         return self.encoding.decode(ids)
 
-    def prompt(self, text):
+    def prompt(self, text, short=None):
         """What the model reads for a user's text: the chat template's turns, up to the answer's beginning."""
         if self.template is None:
             return text

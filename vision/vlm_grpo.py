@@ -7,7 +7,6 @@ Left out: several images a prompt; in nano also several processes, gradient accu
 Run: python -m vision.vlm_grpo, or with --model Qwen/Qwen2.5-VL-3B-Instruct --data FILE.json --images_root DIR
 """
 import os
-import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +24,7 @@ from utils.cli import AtLeast, Interrupt, die, need, parse, resume_command
 from utils.device import peak_mem_mb, pick_device, rank, world, write_run_record
 from utils.log import SHARED, Log
 from utils.rewards import load_reward
+from utils.trl import attach, given_fields, grpo_config
 from vision.data import step_index
 from vision.vlm import models
 from vision.vlm.data import Scorer, draw, load_data, picture, scenes
@@ -53,8 +53,7 @@ class Args:
     steps: Annotated[int, AtLeast(1)] = 150  # rollouts, with one update each
     use_lora: bool = False  # train adapters on the text tower instead of all weights
     lora_r: Annotated[int, AtLeast(1)] = 16  # their rank
-    trl: dict[str, str] = field(default_factory=lambda: {  # other fields of GRPOConfig: --trl.NAME VALUE
-        word.split("=")[0][6:].replace("-", "_"): "" for word in sys.argv if word.startswith("--trl.")})
+    trl: dict[str, str] = field(default_factory=given_fields)  # other fields of GRPOConfig: --trl.NAME VALUE
     seed: int = 0  # of the data, the order of prompts and the draws
     # ---- the task ----
     model: str = ""  # a folder or the hub's name; else a tiny one, first supervised on digit scenes
@@ -124,6 +123,8 @@ class Progress:
                        **self.measures, unparsed=self.scorer.unparsed, peak_mem_mb=peak_mem_mb(self.device))
 
     def save(self, step, **parts):
+        if rank():  # rank 0 writes for all
+            return
         checkpoint.write(f"{self.args.out}/state.pth", "state", step=step, seconds=self.seconds,
                          args=asdict(self.args), threads=torch.get_num_threads(),
                          **{name: part.state_dict() for name, part in parts.items()})
@@ -143,32 +144,9 @@ class Progress:
 
 
 def train_trl(args, config, path, examples, order, progress):
-    """TRL's trainer. TRL calls Bridge, which is the one place where it can seed, evaluate, log and save."""
+    """TRL's trainer. It calls progress around each step."""
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOTrainer
-
-    class Bridge(TrainerCallback):
-        def on_step_begin(self, _, state, control, model=None, **kwargs):
-            progress.begin(state.global_step, model)
-
-        def on_step_end(self, _, state, control, **kwargs):
-            if progress.end():
-                control.should_save = control.should_training_stop = True
-
-        def on_log(self, _, state, control, logs=None, **kwargs):
-            if "reward" in logs:  # TRL's summary at the end has none
-                adv = torch.tensor(trainer._logs["advantages"])
-                progress.write(
-                    state.global_step - 1, loss=logs["loss"], mean_r=logs["reward"], kl=logs.get("kl"),
-                    entropy=logs["entropy"], token_adv=adv.abs().mean(), grad_norm=logs["grad_norm"],
-                    length=logs["completions/mean_length"], frac_zero_std=logs["frac_reward_zero_std"],
-                    clip_frac=logs.get("clip_ratio/region_mean"))
-
-        def on_save(self, _, state, control, **kwargs):
-            if state.is_world_process_zero:
-                progress.save(state.global_step)  # the model and the optimizer are in TRL's checkpoint-STEP
-
     data = Dataset.from_dict({"index": order.flatten().tolist()}).with_transform(lambda rows: rows | {
         "prompt": [[{"role": "user", "content": examples[i]["prompt"]}] for i in rows["index"]],
         "image": [picture(examples[i]) for i in rows["index"]]})
@@ -177,8 +155,8 @@ def train_trl(args, config, path, examples, order, progress):
         model = load_model(last)
         model.config._name_or_path = path  # TRL loads the reference from there
     trainer = GRPOTrainer(model, progress.scorer, config, data, processing_class=progress.processor,
-                          callbacks=[Bridge()], peft_config=lora(args.lora_r) if args.use_lora else None)
-    trainer.remove_callback(PrinterCallback)
+                          peft_config=lora(args.lora_r) if args.use_lora else None)
+    attach(trainer, progress)
     trainer.train(resume_from_checkpoint=last if progress.start else None)
     if not progress.interrupt.asked:
         trainer.save_model(f"{args.out}/final")
@@ -257,7 +235,9 @@ def main(args):
     state = args.resume and checkpoint.load_state(results[0], args, MADE_BY, ("step",))
     if state:
         checkpoint.left(results[0], state["step"], args.steps)
-    config = models.trl_config(args, objective, device) if args.engine == "trl" else None
+    config = grpo_config(objective, args, device, {
+        "max_steps": args.steps, "save_steps": args.save_every, "logging_steps": 1,
+        "per_device_train_batch_size": args.per_device_train_batch_size}) if args.engine == "trl" else None
     batch = config.generation_batch_size if config else args.per_device_train_batch_size  # answers a step
     path = args.model or f"{args.out}/start"
     processor = models.load_processor(path) if args.model else models.tiny_processor()

@@ -111,37 +111,6 @@ def save_folder(path, *parts):
             os.replace(f"{folder}/new", path)
 
 
-def trl_config(args, objective, device):
-    """TRL's GRPOConfig: the objective of grpo.py, the fields of Args, and what --trl.NAME adds."""
-    from transformers import HfArgumentParser
-    from trl import GRPOConfig
-    ours = {"loss_type": "grpo" if objective.ratio == "sequence" else args.objective, "max_steps": args.steps,
-            "importance_sampling_level": objective.ratio, "scale_rewards": objective.scale,
-            "epsilon": objective.eps_low, "epsilon_high": objective.eps_high, "beta": objective.beta,
-            "sapo_temperature_pos": objective.tau_pos, "sapo_temperature_neg": objective.tau_neg,
-            "use_bias_correction_kl": objective.kl_ratio, "num_generations": args.group_size,
-            "per_device_train_batch_size": args.per_device_train_batch_size, "temperature": args.temperature,
-            "max_completion_length": args.max_new, "learning_rate": args.lr, "seed": args.seed % 2**32,
-            "output_dir": args.out, "save_steps": args.save_every, "shuffle_dataset": False,
-            "remove_unused_columns": False, "logging_steps": 1, "logging_nan_inf_filter": False}
-    free = {"use_cpu": device.type == "cpu", "bf16": False, "gradient_checkpointing": False,
-            "warmup_steps": 0, "lr_scheduler_type": "linear", "weight_decay": 0.0, "report_to": "none",
-            "disable_tqdm": True, "disable_dropout": True, "save_total_limit": 1}
-    parser = HfArgumentParser(GRPOConfig, allow_abbrev=False, add_help=False)
-    parser.error = lambda message: die(f"--trl: {message}")
-    takes_several = {action.dest: action.nargs in ("+", "*") for action in parser._actions}
-    for name, value in args.trl.items():
-        if name in ours or name not in takes_several:
-            why = "the script sets it" if name in ours else "trl.GRPOConfig has no such field"
-            die(f"--trl.{name}: {why}. Wanted a field of GRPOConfig that --help shows no flag for")
-        words = value.split() if takes_several[name] else [value]
-        free[name] = getattr(parser.parse_args([f"--{name}", *words]), name)
-    try:
-        return GRPOConfig(**ours, **free)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        die(f"TRL refuses this configuration: {' '.join(str(error).split())}")
-
-
 def inputs_of(processor, examples, device):
     """Images and instructions -> the tensors that the model takes. Prompts are padded on the left."""
     chats = [[{"role": "user", "content": [{"type": "image", "image": picture(e)},
