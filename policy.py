@@ -28,12 +28,14 @@ PRETRAINED = {  # other defaults of the training scripts, where --policy is no c
     "save_every": 40}
 
 
-def defaults(args_class, **more):
-    """The script's defaults, or those for a pretrained model; more: further ones for it."""
+def defaults(args_class):
+    """The script's defaults, or those for a pretrained model, where --policy names one."""
     words = [part for word in sys.argv for part in word.split("=", 1)]
     named = [source for flag, source in zip(words, words[1:]) if flag == "--policy"]
-    pretrained = named and not named[-1].endswith(".pth")
-    return args_class(**PRETRAINED | more) if pretrained else args_class()
+    if not named or named[-1].endswith(".pth"):
+        return args_class()
+    rates = {"lr": 1e-5, "value_lr": 1e-4} if hasattr(args_class, "value_lr") else {"lr": 2e-5}
+    return args_class(**PRETRAINED | rates)
 
 
 def load_policy(source, device="cpu", made_by="python sft.py"):
@@ -159,10 +161,11 @@ def merged(policy):
 
 
 def begin(policy, tokenizer, args):
-    """-> (frozen reference, {"model": what a checkpoint saves of the policy}, what makes that readable)."""
+    """-> (reference, {name: what a checkpoint saves of it and the policy}, what makes that readable)."""
     about = checkpoint.about(policy, tokenizer)
     if not args.lora_r:
-        return copy.deepcopy(policy).requires_grad_(False), {"model": policy}, about
+        ref = copy.deepcopy(policy).requires_grad_(False)
+        return ref, {"model": policy} | ({"ref": ref} if args.sync_ref_every else {}), about
     if args.sync_ref_every:
         die("--sync_ref_every moves the reference, and with --lora_r that is the fixed base: drop one")
     how = {"r": args.lora_r, "alpha": args.lora_alpha}

@@ -1,7 +1,6 @@
 """What GRPO and PPO share on text: prompts, answers sampled from a policy, their reward, what is measured.
 
-A step has B prompts and G answers to each. A process holds b of the prompts; one process holds all.
-Left out: answers of several turns.
+Their answers' tensors, (B, G, T), are described in answers.py. Left out: answers of several turns.
 Run: python train_grpo.py
 """
 import functools

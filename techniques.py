@@ -44,11 +44,6 @@ def pick_objective(args, updates=1):
     return replace(objective, beta=0.0), objective.beta
 
 
-def moving(ref, args):
-    """What a checkpoint has to hold besides, where --sync_ref_every moves the reference."""
-    return {"ref": ref} if args.sync_ref_every else {}
-
-
 def begin(step, env, policy, ref, optimizer):
     """Before a step: evaluates if it is due, sets the learning rate, may move the reference, starts the clock.
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import utils  # before torch: it sets how OpenMP's threads wait
-
 import torch
 
 import techniques
@@ -85,7 +84,7 @@ def main(args):
     env = Environment(args, policy, tokenizer, run)
     rescored = (updates > 1 or kl_weight) and not env.exact
     trained = {"model": policy}
-    run.hold(about, "policy", **trained | saved, optimizer=optimizer, **techniques.moving(ref, args))
+    run.hold(about, "policy", **trained | saved, optimizer=optimizer)
     env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():
@@ -135,4 +134,4 @@ def main(args):
 
 if __name__ == "__main__":
     with ranks.one_voice():
-        main(parse(Args, default=defaults(Args, lr=2e-5)))
+        main(parse(Args, default=defaults(Args)))
