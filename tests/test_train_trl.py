@@ -68,7 +68,7 @@ def watch(monkeypatch, name):
 
 
 def test_trl_reads_our_prompts_and_earns_the_tasks_reward(chat, monkeypatch, capsys):
-    """A step's prompts are train_grpo.py's to the token, in the template once; its rewards are the check's."""
+    """A step's prompts are train_grpo.py's to the token, in the template once; its rewards the check's."""
     read, rewarded = watch(monkeypatch, "_generate_single_turn"), watch(monkeypatch, "_calculate_rewards")
     # a check that gives more than 0 to random answers: the share of digits
     Path("mine.py").write_text("from tasks import TASKS, Task\ndef digits(text, row):\n"
@@ -219,7 +219,7 @@ def test_a_stop_of_several_tokens_and_a_missing_package(monkeypatch, capsys):
 
 
 def test_the_exported_tokenizer_is_ours(chat):
-    """A π₀ of bpe and the chat model: the same ids, the same text before a stop, padding in the vocabulary."""
+    """A π₀ of bpe and the chat model: the same ids, the same text before a stop, a pad of the vocabulary."""
     for path in (tiny() / "policy.pth", chat):
         policy, tokenizer = load_policy(path)
         reader = export(policy, tokenizer, "start")

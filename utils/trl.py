@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer (1.16) as a trainer of grpo.py's objectives: its settings, and what it calls.
 
 TRL's defaults are not GRPO's, so every field that changes what is learnt is set here. With several
-minibatches its means over tokens divide by the average minibatch's tokens, and it shuffles answers, not groups.
+minibatches it divides by the average minibatch's tokens, and it shuffles answers, not groups.
 Left out: TRL's own techniques; --trl.NAME VALUE sets any field that no flag sets.
 """
 import contextlib
