@@ -19,7 +19,7 @@ import torch
 import techniques
 from answers import Answers
 from grpo import OBJECTIVES, group_advantage
-from policy import load_policy
+from policy import defaults, load_policy
 from rollout import COLUMNS, Environment
 from utils import checkpoint, hf, ranks
 from utils.cli import AtLeast, die, need, parse, program, refusing, resume_command, writing
@@ -157,4 +157,4 @@ def main(args):
 
 if __name__ == "__main__":
     with ranks.one_voice():
-        main(parse(Args))
+        main(parse(Args, default=defaults(Args, lr=2e-5)))
