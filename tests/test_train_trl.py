@@ -206,7 +206,8 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(monkeypatch, capsys):
 @pytest.mark.parametrize("words, said", [
     (["--objective", "rloo"], "baseline='loo'"), (["--objective", "maxrl"], "scale='mean'"),
     (["--kl_in_reward"], "--kl_in_reward"), (["--dynamic_sampling", 1], "--dynamic_sampling"),
-    (["--tis_cap", 2], "--tis_cap"), (["--lr_end", 2], "--lr_end"), (["--overlong", "penalty"], "--overlong penalty"),
+    (["--tis_cap", 2], "--tis_cap"),
+    (["--lr_end", 2], "--lr_end"), (["--overlong", "penalty"], "--overlong penalty"),
     (["--group_size", 1], "--group_size 1"), (["--minibatches", 3], "--minibatches"),
     (["--micro_batch", 3], "--micro_batch"), (["--trl.nonsense", 1], "--trl.nonsense: trl.GRPOConfig has no"),
     (["--trl.learning_rate", 1], "--trl.learning_rate: the script sets it"), (["--trl.top_k", "x"], "top_k"),
