@@ -42,7 +42,6 @@ class Environment:
         self.entropy_grad = args.entropy_coef > 0
         self.compiled = {}
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
-        self.cut = 0.0  # share of the last step's answers that max_new cut
         self.sampling, self.exact, dtype = sampling(policy, args.sample_dtype, run)
         self.graph = DecodeGraph(policy, dtype) if self.device.type == "cuda" else None
 
@@ -141,5 +140,5 @@ class Environment:
         shown = ", ".join(f"{name} {value:.2f}" for name, value in self.evaluate(policy).items())
         print(f"{self.args.steps} steps, {self.run.counts['seconds']:.0f} s; held out: {shown}; "
               f"wrote {self.args.log} and {self.args.out}/policy.pth")
-        if self.cut > 0.9:
+        if self.run.start < self.args.steps and self.cut > 0.9:
             print(f"warning: --max_new {self.T} cut {self.cut:.0%} of the last step's answers before their end")
