@@ -140,5 +140,5 @@ class Environment:
         shown = ", ".join(f"{name} {value:.2f}" for name, value in self.evaluate(policy).items())
         print(f"{self.args.steps} steps, {self.run.counts['seconds']:.0f} s; held out: {shown}; "
               f"wrote {self.args.log} and {self.args.out}/policy.pth")
-        if self.cut > 0.9:
+        if self.run.start < self.args.steps and self.cut > 0.9:
             print(f"warning: --max_new {self.T} cut {self.cut:.0%} of the last step's answers before their end")

@@ -19,7 +19,7 @@ import torch
 import techniques
 from answers import Answers
 from grpo import OBJECTIVES, group_advantage
-from policy import load_policy
+from policy import defaults, load_policy
 from rollout import COLUMNS, Environment
 from utils import checkpoint, hf, ranks
 from utils.cli import AtLeast, die, need, parse, program, refusing, resume_command, writing
@@ -62,6 +62,7 @@ class Args(techniques.Techniques):
     out: str = "out/trl"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
+    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: nothing here changes what is learnt ----
     micro_batch: Annotated[int, AtLeast(0)] = 0  # prompts a backward pass; 0: all
     grad_checkpoint: bool = False  # less memory, one more forward pass
@@ -128,9 +129,8 @@ def main(args):
     # ---- TRL's trainer, from a folder: it loads the reference from where the policy came from ----
     with tempfile.TemporaryDirectory(prefix="nanogrpo-") as folder:
         reader = export(policy, tokenizer, folder)
-        rows = [env.train.draw(args.prompts_per_step, step_generator(args.seed, step))
-                for step in range(args.steps)]  # those that train_grpo.py draws
-        rows = torch.cat(rows).tolist()
+        draws = (step_generator(args.seed, step) for step in range(args.steps))  # those of train_grpo.py
+        rows = torch.cat([env.train.draw(args.prompts_per_step, draw) for draw in draws]).tolist()
         short = env.train.columns.get("short") if env.task else None
         prompts = [tokenizer.prompt(env.train.texts[i], short and short[i]) for i in rows]
         data = datasets.Dataset.from_dict({"prompt": prompts, "index": rows})
@@ -157,4 +157,4 @@ def main(args):
 
 if __name__ == "__main__":
     with ranks.one_voice():
-        main(parse(Args))
+        main(parse(Args, default=defaults(Args, lr=2e-5)))

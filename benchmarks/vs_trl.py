@@ -4,11 +4,11 @@ Speed: both train the same GPT-2 (4 layers, 128 wide, 4 heads, 65 characters, th
 same objective: 8 prompts of 32 characters, 8 answers to each, exactly 64 new tokens, a reference (beta > 0),
 one update a rollout. The engines take turns, ours in each dtype and, with --compile, compiled too (that falls
 into the warm-up); a turn is a row of the CSV: the medians of its steps by two clocks. seconds_per_step: the
-script's own (`seconds` in its CSV; with TRL from on_step_begin to on_log). wall_per_step: from one call of the
-reward function to the next, so with all that lies between two steps.
+script's own (`seconds` in its CSV; TRL's: from on_step_begin to on_log). wall_per_step: from one call of
+the reward function to the next, so with all that lies between two steps.
 Learning (--learn): both begin at sft.py's π₀ and are rewarded for glad words, in float32, with several seeds:
-a CSV a run, their differences in summary.json, one figure. Both ask the same prompts in a step and draw answers
-of their own, so the curves agree only up to chance.
+a CSV a run, their differences in summary.json, one figure. Both ask the same prompts in a step and draw
+answers of their own, so the curves agree only up to chance.
 Left out: vLLM (it needs a GPU or a server), other models.
 Run: python benchmarks/vs_trl.py (needs pip install -e ".[dev]"; on a machine with nothing else to do)
 """
@@ -37,7 +37,6 @@ import torch  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from policy import load_policy  # noqa: E402
 from train_grpo import Args as Defaults  # noqa: E402
-from utils import checkpoint  # noqa: E402
 from utils.cli import at_least, atomic_write, die, need, parse  # noqa: E402
 from utils.device import pick_autocast, write_run_record  # noqa: E402
 from utils.text import heading_prompts, load_corpus, split  # noqa: E402

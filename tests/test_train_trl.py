@@ -68,7 +68,7 @@ def watch(monkeypatch, name):
 
 
 def test_trl_reads_our_prompts_and_earns_the_tasks_reward(chat, monkeypatch, capsys):
-    """A step's prompts are train_grpo.py's to the token, in the template once; its rewards are the check's."""
+    """A step's prompts are train_grpo.py's to the token, in the template once; its rewards the check's."""
     read, rewarded = watch(monkeypatch, "_generate_single_turn"), watch(monkeypatch, "_calculate_rewards")
     # a check that gives more than 0 to random answers: the share of digits
     Path("mine.py").write_text("from tasks import TASKS, Task\ndef digits(text, row):\n"
@@ -157,6 +157,19 @@ def test_flags_as_fields():
     assert {name: getattr(config, name) for name in wanted} == wanted
 
 
+def test_the_learning_rate_falls_as_ours(monkeypatch):
+    """To a fifth after two steps, linearly: 1 and 0.6 of it, as techniques.begin sets them."""
+    import transformers
+    rates, step = [], transformers.TrainerCallback.on_step_begin
+
+    def watched(self, args, state, control, optimizer=None, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(self, args, state, control, **kwargs)
+    monkeypatch.setattr(transformers.trainer_callback.DefaultFlowCallback, "on_step_begin", watched)
+    cli(train_trl, *rl("--steps", 2, "--lr", 0.01, "--lr_end", 0.2, reward="share_of_e"))
+    assert rates == pytest.approx([0.01, 0.006])
+
+
 def test_which_objectives_trl_has():
     """Whether they compute the same is in test_trl_parity.py."""
     taken = []
@@ -193,7 +206,8 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(monkeypatch, capsys):
 @pytest.mark.parametrize("words, said", [
     (["--objective", "rloo"], "baseline='loo'"), (["--objective", "maxrl"], "scale='mean'"),
     (["--kl_in_reward"], "--kl_in_reward"), (["--dynamic_sampling", 1], "--dynamic_sampling"),
-    (["--tis_cap", 2], "--tis_cap"), (["--overlong", "penalty"], "--overlong penalty"),
+    (["--tis_cap", 2], "--tis_cap"),
+    (["--lr_end", 2], "--lr_end"), (["--overlong", "penalty"], "--overlong penalty"),
     (["--group_size", 1], "--group_size 1"), (["--minibatches", 3], "--minibatches"),
     (["--micro_batch", 3], "--micro_batch"), (["--trl.nonsense", 1], "--trl.nonsense: trl.GRPOConfig has no"),
     (["--trl.learning_rate", 1], "--trl.learning_rate: the script sets it"), (["--trl.top_k", "x"], "top_k"),
@@ -219,7 +233,7 @@ def test_a_stop_of_several_tokens_and_a_missing_package(monkeypatch, capsys):
 
 
 def test_the_exported_tokenizer_is_ours(chat):
-    """A π₀ of bpe and the chat model: the same ids, the same text before a stop, padding in the vocabulary."""
+    """A π₀ of bpe and the chat model: the same ids, the same text before a stop, a pad of the vocabulary."""
     for path in (tiny() / "policy.pth", chat):
         policy, tokenizer = load_policy(path)
         reader = export(policy, tokenizer, "start")

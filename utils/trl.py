@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer (1.16) as a trainer of grpo.py's objectives: its settings, and what it calls.
 
 TRL's defaults are not GRPO's, so every field that changes what is learnt is set here. With several
-minibatches its means over tokens divide by the average minibatch's tokens, and it shuffles answers, not groups.
+minibatches it divides by the average minibatch's tokens, and it shuffles answers, not groups.
 Left out: TRL's own techniques; --trl.NAME VALUE sets any field that no flag sets.
 """
 import contextlib
@@ -92,12 +92,18 @@ def rollout_config(objective, args, device, updates):
             die(f"--{name}: TRL has no equal. Leave it out, or run train_grpo.py")
     if args.overlong == "penalty" or args.sync_ref_every and args.resume:
         die("--overlong penalty and --sync_ref_every with --resume: TRL has no equal. Run train_grpo.py")
+    if args.lr_end > 1:
+        die(f"--lr_end {args.lr_end}: TRL has no equal of a learning rate that rises: wanted at most 1")
+    schedule = {"lr_scheduler_type": "constant"}
+    if args.lr_end < 1:
+        how = {"lr_end": args.lr * args.lr_end, "power": 1.0}
+        schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": how}
     parts = args.minibatches * ranks.world()
     ranks.whole_parts(args.prompts_per_step, parts, "--minibatches times the number of processes, ")
     share = args.prompts_per_step // parts
     size = args.micro_batch or share
     ranks.whole_parts(share, size, "--micro_batch")
-    return grpo_config(objective, args, device, {
+    return grpo_config(objective, args, device, schedule | {
         "max_steps": args.steps * updates, "save_steps": args.save_every * updates, "logging_steps": updates,
         "per_device_train_batch_size": size * args.group_size, "gradient_accumulation_steps": share // size,
         "steps_per_generation": args.minibatches * share // size, "num_iterations": args.epochs_per_rollout,
@@ -107,8 +113,7 @@ def rollout_config(objective, args, device, updates):
         "ref_model_sync_steps": max(1, args.sync_ref_every * updates),
         "bf16": pick_autocast(device, args.dtype)[1] == "bf16",
         "gradient_checkpointing": args.grad_checkpoint,
-    }, lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta2=0.99, save_total_limit=2,
-        ddp_find_unused_parameters=False)
+    }, optim="adamw_torch_fused", adam_beta2=0.99, save_total_limit=2, ddp_find_unused_parameters=False)
 
 
 @contextlib.contextmanager
