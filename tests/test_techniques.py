@@ -166,7 +166,8 @@ def tiny(tmp_path):
 
 def train(script, folder, name, *flags):
     words = ["--policy", folder / "p.pth", "--prompts", folder / "prompts.jsonl", "--reward",
-             f"{folder}/reward.py:r", "--steps", 4, "--prompts_per_step", 4, "--group_size", 4, "--max_new", 10, "--eval_every", 2,
+             f"{folder}/reward.py:r", "--steps", 4, "--prompts_per_step", 4, "--group_size", 4,
+             "--max_new", 10, "--eval_every", 2,
              "--dtype", "fp32", "--lr", 1e-2, "--log", folder / f"{name}.csv", "--out", folder / name, *flags]
     cli(script, *map(str, words))
     with open(folder / f"{name}.csv", newline="") as file:
@@ -186,7 +187,7 @@ def test_no_pass_for_groups_without_gradient(tiny, monkeypatch):
     monkeypatch.setattr(techniques, "groups_with_gradient", everything)
     every = train(train_grpo, tiny, "all", "--beta", 0)[0]
     for name in ("loss", "grad_norm"):  # of the first step: AdamW makes much of the last digits
-        assert float(rows[0][name]) == pytest.approx(float(every[0][name]), rel=1e-5, abs=1e-9)
+        assert float(rows[0][name]) == pytest.approx(float(every[0][name]), rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("script", [train_grpo, train_ppo])
