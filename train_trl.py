@@ -157,4 +157,4 @@ def main(args):
 
 if __name__ == "__main__":
     with ranks.one_voice():
-        main(parse(Args, default=defaults(Args, lr=2e-5)))
+        main(parse(Args, default=defaults(Args)))
