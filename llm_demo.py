@@ -1,7 +1,7 @@
 """A real chat model learns to add: SmolLM2-135M-Instruct, GRPO, on a laptop, within minutes.
 
-It shows one prompt as the model sees it, asks held-out questions, trains, and asks them again. Training is one
-command of this repository, which is printed. A second run reuses what is done, a broken one goes on.
+It shows one prompt as the model sees it, asks held-out questions, trains, and asks them again. Training is
+one command of this repository, which is printed. A second run reuses what is done, a broken one goes on.
 Left out: other tasks and models: that command takes them.
 Run: make llm (it brings the weights), or python llm_demo.py
 """
@@ -50,8 +50,9 @@ def main(args):
     print(f"One prompt, as the model sees it:\n\n{tokenizer.prompt(questions[0])}\n")
     print(f"before: {right.float().mean():.1%} of {len(right)} held-out questions answered rightly (greedy)")
 
-    command = ["python", "train_grpo.py", "--policy", args.policy, "--task", args.task, "--steps", str(args.steps),
-               "--seed", str(args.seed), "--device", args.device, "--log", "logs/llm.csv", "--out", "out/llm"]
+    command = ["python", "train_grpo.py", "--policy", args.policy, "--task", args.task, "--steps",
+               str(args.steps), "--seed", str(args.seed), "--device", args.device, "--log", "logs/llm.csv",
+               "--out", "out/llm"]
     if Path("out/llm/state.pth").is_file():
         command.append("--resume")
     print(f"\n$ {' '.join(command)}", flush=True)
@@ -61,12 +62,15 @@ def main(args):
 
     _, after, now_right, _ = asked("out/llm/policy.pth", task, args, device)
     for question, *answers in list(zip(questions, before, after))[:5]:
-        print(f"\n{question}\n  before: {' '.join(answers[0].split())}\n  after:  {' '.join(answers[1].split())}")
+        print(f"\n{question}")
+        for when, answer in zip(("before:", "after: "), answers):
+            print(f"  {when} {' '.join(answer.split())}")
     print(f"\nright answers: {right.float().mean():.1%} before, {now_right.float().mean():.1%} after, of "
           f"{len(right)} held-out questions; {time.perf_counter() - began:.0f} s")
-    print(f"figure: {plot_panels(['logs/llm.csv'], ['eval_acc', 'mean_r', 'length', 'entropy'], 'logs/llm.png')}")
-    print("next: python train_grpo.py --policy smollm2 --task countdown --max_new 32 --log logs/countdown.csv "
-          "--out out/countdown")
+    panels = ["eval_acc", "mean_r", "length", "entropy"]
+    print(f"figure: {plot_panels(['logs/llm.csv'], panels, 'logs/llm.png')}")
+    print("next: python train_grpo.py --policy smollm2 --task countdown --max_new 32 --log logs/next.csv "
+          "--out out/next")
 
 
 if __name__ == "__main__":

