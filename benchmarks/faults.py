@@ -2,8 +2,8 @@
 
 A tiny run is made once to its end. Then it begins anew in a fresh folder, and a signal ends it at a moment
 drawn between the process's start and its usual end. The run that goes on with --resume must have the same CSV
-and weights, but for time and memory. Where nothing was saved yet, --resume is refused with a line that names
-what to do, and that must have the same result. A broken-off benchmark goes on behind the last row of --out.
+and weights, but for time and memory. Where nothing was saved yet, --resume names what to do instead, and that
+must have the same result. A benchmark that was broken off goes on behind the last row of --out.
 Left out: a machine that loses power, several processes, GPUs.
 Run: python benchmarks/faults.py
 """
@@ -23,14 +23,14 @@ from typing import Annotated, Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402,F401  (after the path, and before torch)
+import utils  # noqa: E402  (after the path, and before torch)
 import torch  # noqa: E402
 from utils.cli import AtLeast, die, parse  # noqa: E402
 
 COLUMNS = ["script", "signal", "n", "moment", "usual", "exit_code", "outcome", "what"]
 TIMING = {"seconds", "sampling_s", "tokens_per_s", "peak_mem_mb"}  # columns that two equal runs needn't share
-PAIRS = "--data play --prompt_len 16 --max_new 12 --policy ../../base/sft/policy.pth"
-RL = (f"{PAIRS} --reward_model ../../base/reward/reward.pth --prompts_per_step 4 --group_size 4 "
+PAIRS = "--data play --prompt_len 16 --max_new 12 --policy ../../sft/whole/out/policy.pth"
+RL = (f"{PAIRS} --reward_model ../../reward_model/whole/out/reward.pth --prompts_per_step 4 --group_size 4 "
       "--eval_prompts 8 --steps 24 --eval_every 5 --save_every 6")
 SCRIPTS = {  # script: a run of some seconds
     "sft": "sft.py --data play --vocab_size 300 --block_size 48 --batch_size 4 --steps 40 --dropout 0.1 "
@@ -42,7 +42,7 @@ SCRIPTS = {  # script: a run of some seconds
     "vit_grpo": "-m vision.vit_grpo --steps 24 --batch_size 16 --eval_every 5 --save_every 6",
     "clip_grpo": "clip_grpo.py --epochs 3 --start_accuracy 0.1 --save_model",
     "c2i_grpo": "-m vision.c2i_grpo --steps 12 --vq_steps 2 --gpt_steps 2 --classifier_steps 2 "
-                "--eval_images 2 --sample_batch_size 8 --group_size 2 --eval_every 5 --save_every 3",
+                "--eval_images 2 --sample_batch_size 8 --train_batch_size 8 --group_size 2 --save_every 3",
     "vlm_grpo": "-m vision.vlm_grpo --engine nano --steps 8 --sft_steps 4 --eval_every 4 --save_every 3 "
                 "--eval_examples 8 --per_device_train_batch_size 8 --max_new 4"}
 
@@ -83,9 +83,6 @@ def reference(name, args):
         if code:
             die(f"the uninterrupted run of {name} ended with exit code {code}: {error[-300:]}")
         stamp.write_text(f"{time.monotonic() - began:.3f}")
-        if name in ("sft", "reward_model"):  # what the later scripts read
-            base = folder.parent.parent / "base" / name.removesuffix("_model")
-            shutil.copytree(folder / "out", base, dirs_exist_ok=True)
     return folder, float(stamp.read_text())
 
 
@@ -122,8 +119,8 @@ def fault(folder, whole=None):
                     return f"{name} differs"
             except Exception as error:  # on torn bytes the readers raise nearly anything
                 return f"{name} can't be read ({type(error).__name__})"
-    left = [path.name for path in folder.rglob(".*") if path.name.endswith((".tmp", "lock"))]
-    return f"{left[0]} is left" if left and whole else None
+    left = [path.name for path in folder.rglob(".*") if whole and path.name.endswith((".tmp", "lock"))]
+    return f"{left[0]} is left" if left else None
 
 
 def attempt(name, number, moment, folder, whole):
@@ -133,7 +130,7 @@ def attempt(name, number, moment, folder, whole):
     if "Traceback" in error or code not in {0, -number, utils.STOPS.get(number)}:
         return code, "wrong", f"at the signal: {' '.join(error.split())[-200:]}"
     if what := fault(folder):
-        return code, "wrong", f"{what} after the signal"
+        return code, "wrong", what
     outcome = "equal"
     error, again = run(name, folder, "--resume")
     if again == 2 and error.count("\n") == 1 and "run `" in error:
@@ -143,20 +140,20 @@ def attempt(name, number, moment, folder, whole):
             error, again = run(name, folder, "--overwrite")
     if again or "Traceback" in error:
         return code, "wrong", f"exit code {again} afterwards: {' '.join(error.split())[-200:]}"
-    what = fault(folder, whole)
-    return code, "wrong" if what else outcome, what or ""
+    what = fault(folder, whole) or ""
+    return code, "wrong" if what else outcome, what
 
 
 def main(args):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "a+", newline="", buffering=1) as file:
+    with open(args.out, "a+", newline="", buffering=1) as file:  # a row a line, at once
         file.seek(0)
         rows = list(csv.DictReader(file))
         done = {(row["script"], row["signal"], int(row["n"])) for row in rows}
         writer = csv.DictWriter(file, COLUMNS)
         if not rows:
             writer.writeheader()
-        for name in dict.fromkeys(("sft", "reward_model", *args.scripts)):
+        for name in dict.fromkeys(("sft", "reward_model", *args.scripts)):  # the first two make RL's inputs
             whole, usual = reference(name, args)
             tries = {(name, sent, n) for sent in args.signals for n in range(args.repeats)} - done
             for _, sent, n in sorted(tries) if name in args.scripts else ():
