@@ -42,6 +42,7 @@ class Environment:
         self.entropy_grad = args.entropy_coef > 0
         self.compiled = {}
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
+        self.cut = 0.0  # share of the last step's answers that --max_new cut
         self.sampling, self.exact, dtype = sampling(policy, args.sample_dtype, run)
         self.graph = DecodeGraph(policy, dtype) if self.device.type == "cuda" else None
 

@@ -419,6 +419,51 @@ def test_a_signal_while_torch_is_imported(number, code):
     assert process.returncode == code and error == f"stopped by {signal.Signals(number).name}\n", error
 
 
+LOST = {"a destructor": """
+class Gone:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+gone = Gone()
+del gone""", "code in C": """
+class Buffer(io.BytesIO):
+    def write(self, content):
+        if self.tell() > 100:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(content)
+
+
+torch.save({"w": torch.ones(99)}, Buffer())"""}
+
+
+@pytest.mark.parametrize("where", LOST)
+def test_a_signal_whose_exception_gets_lost(where):
+    code = "import io, os, signal, utils, torch\nutils.take_signals(utils.stop)" + LOST[where]
+    done = subprocess.run([sys.executable, "-c", f"{code}\nprint('went on')"], cwd=ROOT / "vision", text=True,
+                          env=environment(PYTHONPATH=str(ROOT)), capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "stopped by SIGTERM\n")
+
+
+def test_a_run_that_was_killed_before_it_saved(capsys):
+    """What is half-written goes, another run's stays; the refusal names the way that is open."""
+    Path("out").mkdir()
+    torn = ["out/.state.pth.12.tmp", ".log.csv.12.tmp", ".log.json.12.tmp", "out/.0000003.tmp/run.pth"]
+    for name in (*torn, ".other.csv.12.tmp", "out/.mine.tmp"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("")
+    Path("log.csv").write_text("step\n")
+    capsys.readouterr()
+    refused(capsys, lambda: cli(train_grpo, *grpo("--resume")), "no state at out/state.pth", "run `")
+    with pytest.raises(SystemExit):
+        cli(train_grpo, *grpo())
+    error = capsys.readouterr().err
+    assert "--overwrite" in error and "--resume" not in error
+    cli(train_grpo, *grpo("--overwrite"))
+    assert [name for name in files(".") if name.endswith("tmp")] == [".other.csv.12.tmp", "out/.mine.tmp"]
+    assert not Path("out/.0000003.tmp").exists()
+
+
 def test_streams_that_are_closed_narrow_or_broken():
     code = (f"exec {sys.executable} {ROOT}/sample.py --policy {tiny()}/policy.pth --max_new 4 "
             "--temperature 9 --num_samples 50")

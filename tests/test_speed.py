@@ -113,8 +113,8 @@ def test_results_do_not_depend_on_micro_batches_sharing_and_checkpointing(module
 
 def test_sharing_chooses_itself_for_long_prompts(monkeypatch):
     asked = []
-    monkeypatch.setattr(rollout, "score", lambda model, tokens, P, t=1.0, pad=None, G=1:
-                        asked.append(G) or score(model, tokens, P, t, pad, G))
+    monkeypatch.setattr(rollout, "score", lambda model, tokens, P, t, pad, G, entropy_grad:
+                        asked.append(G) or score(model, tokens, P, t, pad, G, entropy_grad))
     for words, G in (([], 4), (["--share_prompt", "no"], 1), (["--prompt_len", 4], 1),
                      (["--prompt_len", 4, "--share_prompt", "yes"], 4)):
         asked.clear()

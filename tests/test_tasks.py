@@ -78,7 +78,7 @@ def test_countdown_is_exact_and_survives_a_division_by_zero():
     assert TASKS["countdown"].reward("10/4*2", {"numbers": [10, 4, 2], "target": 5}) == 1  # 2.5 stays 2.5
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.one_of(st.text(max_size=120), st.text("0123456789+-*/() =\n._", max_size=120),
                  st.text("237+-*/()", min_size=5, max_size=12)))
 @example("__import__('os').system('x')")

@@ -34,11 +34,18 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop(number, frame):
+    ASKED.append(number)  # C code turns the exception into an error of its own
     raise Stopped(number)
 
 
+def end(number, frame=None):
+    """At once: an exception within the import of a library can be lost, or crash it."""
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(STOPS[number])
+
+
 ASKED = []  # signals that a loop has noted: it saves and ends, or a process that it needs has ended before
-OURS = [signal.SIG_DFL, signal.default_int_handler, stop]  # handlers that may be replaced
+OURS = [signal.SIG_DFL, signal.default_int_handler, stop, end]  # handlers that may be replaced
 
 
 def take_signals(handler):
@@ -56,6 +63,13 @@ def in_one_line(kind, error, trace):
     number = signal.Signals(error.args[0] if isinstance(error, Stopped) else (*ASKED, signal.SIGINT)[0])
     print(f"stopped by {number.name}", file=sys.stderr)
     raise SystemExit(STOPS[number])
+
+
+def lost(report):
+    """Python prints an exception of a destructor or at exit, and goes on: a signal ends the run."""
+    if issubclass(report.exc_type, Stopped):
+        end(ASKED[-1])
+    sys.__unraisablehook__(report)
 
 
 # ---- streams: closed, not UTF-8, or a pipe whose reader has gone ----
@@ -83,6 +97,7 @@ if script.parent in (root, root / "vision", root / "benchmarks"):  # not in a pr
     os.close(number)
     sys.stdout, sys.stderr = steady(sys.stdout, 1), steady(sys.stderr, 2)
     sys.excepthook = in_one_line
+    sys.unraisablehook = lost
     if os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's: a script draws into files
         del os.environ["MPLBACKEND"]
-    take_signals(stop)
+    take_signals(end)

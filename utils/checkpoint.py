@@ -160,8 +160,9 @@ def earlier(args, writes):
     if same_script and before["args"] and differing(before["args"], args):
         return files
     whose = "this command" if same_script else before["script"]
-    die(f"{files[0]} is there already, of {whose}: give --resume to go on, --overwrite to begin anew in its "
-        "place, or another --out and --log")
+    resume = "--resume to go on, " if files[-1] in writes else ""  # else nothing was saved
+    die(f"{files[0]} is there already, of {whose}: give {resume}--overwrite to begin anew in its place, or "
+        "another --out and --log")
 
 
 def about_run(path):

@@ -57,6 +57,7 @@ def parse(args_class, presets=None, default=None):
     historical names of flags, its AtLeast marks the least values. A bad value ends with exit code 2.
     """
     import tyro
+    utils.take_signals(utils.stop)  # all is imported
     INPUTS.clear()
     rest, default, prog = sys.argv[1:], default or args_class(), program()
     rest = canonical_names(rest, getattr(args_class, "ALIASES", {}))

@@ -3,9 +3,10 @@ import atexit
 import fcntl
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
-from utils.cli import INPUTS, die, writing
+from utils.cli import INPUTS, beside, die, writing
 from utils.device import rank
 
 LOCKS = {}  # {path: open file} of this process
@@ -31,7 +32,10 @@ def same_inputs(before, path):
 
 # ---- what a run writes ----
 def lock(out, log):
-    """Takes a run's folder and CSV for this process until it ends, or until release()."""
+    """Takes a run's folder and CSV for this process until it ends, or until release().
+
+    What a kill has left half-written there is removed.
+    """
     for path, place in ((out, Path(out, ".lock")), (log, Path(log).with_name(f".{Path(log).name}.lock"))):
         if rank() or place in LOCKS:  # rank 0 does it for all
             continue
@@ -47,6 +51,11 @@ def lock(out, log):
         file.write(str(os.getpid()))
         file.flush()
         LOCKS[place] = file
+    torn = [] if rank() else list(Path(out).glob(".*[0-9].tmp"))
+    for name in (Path(log).name, beside(log, ".json").name):
+        torn += [] if rank() else Path(log).parent.glob(f".{name}.*[0-9].tmp")
+    for path in torn:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @atexit.register

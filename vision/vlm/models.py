@@ -104,7 +104,7 @@ def save_folder(path, *parts):
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(f".{os.getpid()}.tmp", f".{path.name}.", path.parent) as folder:
             for part in parts:
                 part.save_pretrained(f"{folder}/new")
             shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,178 @@
+"""Fault injection: each training script is ended at a random moment, then resumed, and must lose nothing.
+
+A tiny run is made once to its end. Then it begins anew in a fresh folder, and a signal ends it at a moment
+drawn between the process's start and its usual end. The run that goes on with --resume must have the same CSV
+and weights, but for time and memory. Where nothing was saved yet, --resume names what to do instead, and that
+must have the same result. A benchmark that was broken off goes on behind the last row of --out.
+Left out: a machine that loses power, several processes, GPUs.
+Run: python benchmarks/faults.py
+"""
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402  (after the path, and before torch)
+import torch  # noqa: E402
+from utils.cli import AtLeast, die, parse  # noqa: E402
+
+COLUMNS = ["script", "signal", "n", "moment", "usual", "exit_code", "outcome", "what"]
+TIMING = {"seconds", "sampling_s", "tokens_per_s", "peak_mem_mb"}  # columns that two equal runs needn't share
+PAIRS = "--data play --prompt_len 16 --max_new 12 --policy ../../sft/whole/out/policy.pth"
+RL = (f"{PAIRS} --reward_model ../../reward_model/whole/out/reward.pth --prompts_per_step 4 --group_size 4 "
+      "--eval_prompts 8 --steps 24 --eval_every 5 --save_every 6")
+SCRIPTS = {  # script: a run of some seconds
+    "sft": "sft.py --data play --vocab_size 300 --block_size 48 --batch_size 4 --steps 40 --dropout 0.1 "
+           "--eval_every 9",
+    "reward_model": f"reward_model.py {PAIRS} --n_pairs 200 --held_out_pairs 9 --batch_size 8 --eval_every 9",
+    "train_grpo": f"train_grpo.py {RL}",
+    "train_ppo": f"train_ppo.py {RL}",
+    "cnn_grpo": "-m vision.cnn_grpo --steps 60 --batch_size 32 --eval_every 10 --save_every 13",
+    "vit_grpo": "-m vision.vit_grpo --steps 24 --batch_size 16 --eval_every 5 --save_every 6",
+    "clip_grpo": "clip_grpo.py --epochs 3 --start_accuracy 0.1 --save_model",
+    "c2i_grpo": "-m vision.c2i_grpo --steps 12 --vq_steps 2 --gpt_steps 2 --classifier_steps 2 "
+                "--eval_images 2 --sample_batch_size 8 --train_batch_size 8 --group_size 2 --save_every 3",
+    "vlm_grpo": "-m vision.vlm_grpo --engine nano --steps 8 --sft_steps 4 --eval_every 4 --save_every 3 "
+                "--eval_examples 8 --per_device_train_batch_size 8 --max_new 4"}
+
+
+@dataclass
+class Args:
+    scripts: tuple[Literal[tuple(SCRIPTS)], ...] = tuple(SCRIPTS)  # which are tried
+    signals: tuple[Literal["SIGKILL", "SIGTERM", "SIGINT"], ...] = ("SIGKILL", "SIGTERM", "SIGINT")
+    repeats: Annotated[int, AtLeast(1)] = 20  # moments a signal
+    seed: int = 0  # of the moments
+    work: str = "out/faults"  # the runs' folders; those of wrong tries stay
+    out: str = "results/faults.csv"  # a row a try
+
+
+def run(name, folder, *words, number=None, moment=None):
+    """One process in the folder, sent the signal after `moment` seconds -> its stderr and exit code."""
+    script = SCRIPTS[name] if SCRIPTS[name].startswith("-m") else f"{ROOT}/{SCRIPTS[name]}"
+    command = [sys.executable, *script.split(), *"--log log.csv --out out --device cpu".split(), *words]
+    folder.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen(
+            command, cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CI": "true", "PYTHONPATH": str(ROOT)}) as process:
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+        return process.communicate()[1], process.wait()
+
+
+def reference(name, args):
+    """The folder of the uninterrupted run, and the seconds that it took; made once."""
+    folder = Path(args.work).resolve() / name / "whole"
+    stamp = folder / "seconds"
+    if not stamp.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        began = time.monotonic()
+        error, code = run(name, folder)
+        if code:
+            die(f"the uninterrupted run of {name} ended with exit code {code}: {error[-300:]}")
+        stamp.write_text(f"{time.monotonic() - began:.3f}")
+    return folder, float(stamp.read_text())
+
+
+def content(path):
+    """A result as plain values; raises where it is torn."""
+    if path.suffix in (".pth", ".pt"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix == ".csv":
+        head, *rows = csv.reader(path.read_text().splitlines())
+        if any(len(row) != len(head) for row in rows):
+            raise ValueError("a torn row")
+        return [{k: v for k, v in zip(head, row) if k not in TIMING} for row in rows]
+    return path.read_bytes()
+
+
+def same(a, b):
+    """Equal to the last bit; times and memory are left out."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in TIMING | {"args"})
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def fault(folder, whole=None):
+    """The first file that is torn or, if `whole` is given, not as there, or left over; None: all is well."""
+    for path in sorted((whole or folder).rglob("*")):
+        if path.suffix in (".pth", ".pt", ".csv", ".jsonl", ".safetensors"):
+            name = path.relative_to(whole or folder)
+            try:
+                if not same(content(path), content(folder / name)):
+                    return f"{name} differs"
+            except Exception as error:  # on torn bytes the readers raise nearly anything
+                return f"{name} can't be read ({type(error).__name__})"
+    left = [path.name for path in folder.rglob(".*") if whole and path.name.endswith((".tmp", "lock"))]
+    return f"{left[0]} is left" if left else None
+
+
+def attempt(name, number, moment, folder, whole):
+    """-> exit code of the process that got the signal, the outcome, what was wrong."""
+    shutil.rmtree(folder, ignore_errors=True)
+    error, code = run(name, folder, number=number, moment=moment)
+    if "Traceback" in error or code not in {0, -number, utils.STOPS.get(number)}:
+        return code, "wrong", f"at the signal: {' '.join(error.split())[-200:]}"
+    if what := fault(folder):
+        return code, "wrong", what
+    outcome = "equal"
+    error, again = run(name, folder, "--resume")
+    if again == 2 and error.count("\n") == 1 and "run `" in error:
+        outcome = "refused clearly"
+        error, again = run(name, folder)
+        if again == 2 and "--overwrite" in error:
+            error, again = run(name, folder, "--overwrite")
+    if again or "Traceback" in error:
+        return code, "wrong", f"exit code {again} afterwards: {' '.join(error.split())[-200:]}"
+    what = fault(folder, whole) or ""
+    return code, "wrong" if what else outcome, what
+
+
+def main(args):
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "a+", newline="", buffering=1) as file:  # a row a line, at once
+        file.seek(0)
+        rows = list(csv.DictReader(file))
+        done = {(row["script"], row["signal"], int(row["n"])) for row in rows}
+        writer = csv.DictWriter(file, COLUMNS)
+        if not rows:
+            writer.writeheader()
+        for name in dict.fromkeys(("sft", "reward_model", *args.scripts)):  # the first two make RL's inputs
+            whole, usual = reference(name, args)
+            tries = {(name, sent, n) for sent in args.signals for n in range(args.repeats)} - done
+            for _, sent, n in sorted(tries) if name in args.scripts else ():
+                moment = random.Random(f"{args.seed} {name} {sent} {n}").uniform(0, usual)
+                folder = whole.parent / f"{sent}-{n}"
+                tried = attempt(name, signal.Signals[sent], moment, folder, whole)
+                rows.append(dict(zip(COLUMNS, (name, sent, n, f"{moment:.3f}", f"{usual:.3f}", *tried))))
+                writer.writerow(rows[-1])
+                print(*rows[-1].values(), flush=True)
+                if tried[1] != "wrong":
+                    shutil.rmtree(folder)
+    print("\n| script | signal | runs | equal | refused clearly | wrong |\n|---|---|---|---|---|---|")
+    for name, sent in dict.fromkeys((row["script"], row["signal"]) for row in rows):
+        mine = [row for row in rows if (row["script"], row["signal"]) == (name, sent)]
+        counts = Counter(row["outcome"] for row in mine)
+        what = "; ".join(sorted({row["what"] for row in mine} - {""}))
+        print(f"| {name} | {sent} | {len(mine)} | {counts['equal']} | {counts['refused clearly']} | "
+              f"{counts['wrong']} {what} |")
+
+
+if __name__ == "__main__":
+    main(parse(Args))
