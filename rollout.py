@@ -1,7 +1,6 @@
 """What GRPO and PPO share on text: prompts, answers sampled from a policy, their reward, what is measured.
 
-Their answers' tensors, (B, G, T), are described in answers.py. Left out: answers of several turns.
-Run: python train_grpo.py
+The answers' tensors, (B, G, T), are in answers.py. Left out: several turns. Run: python train_grpo.py
 """
 import functools
 

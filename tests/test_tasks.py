@@ -158,7 +158,7 @@ def test_what_a_policy_reads():
     """Our tokenizers read the short form, a chat model's own the words; both sides have one width."""
     ours = train_tokenizer("char", "0123456789+=\n")
     train, held_out = TASKS["add"].prompts(ours, 0)
-    assert train.tokens.shape == (4096, 6) and held_out.tokens.shape == (256, 6)
+    assert train.tokens.shape == (4096, 6) and held_out.tokens.shape == (512, 6)
     assert ours.decode(train.tokens[0, train.pad[0]:].tolist()) == train.columns["short"][0]
     assert train.texts[0].startswith("What is ") and set(train.columns) == {"answer", "short"}
     chat = SimpleNamespace(encode_prompt=lambda prompt, short=None: list(prompt.encode()))
@@ -176,7 +176,7 @@ def test_pass_at_8_by_hand():
     def ask(policy, tokenizer, prompts, max_new, samples, temperature, seed):
         asked.append((samples, max_new, temperature, seed))
         return [], {1: greedy, 8: eight}[samples]
-    args = SimpleNamespace(max_new=5, temperature=0.7, seed=3)
+    args = SimpleNamespace(max_new=5, temperature=0.7, seed=3, eval_pass8=True)
     numbers = reward.quality(args, SimpleNamespace(ask=ask), None, None, None, None)
     assert {name: round(value.item(), 4) for name, value in numbers.items()} == {
         "eval_acc": 0.3333, "eval_pass8": 0.3333}
@@ -225,7 +225,7 @@ TASK = Task(sample, reward)
 def test_sft_then_rl_on_a_task(module, capsys):
     cli(sft, "--data", "task:add", *SFT)
     said = capsys.readouterr().out
-    assert re.search(r"What is \d+ \+ \d+\?.*\n", said) and "of 256 held-out questions" in said
+    assert re.search(r"What is \d+ \+ \d+\?.*\n", said) and "of 512 held-out questions" in said
     cli(module, *RL, "--task", "add", "--log", "rl.csv", "--out", "rl")
     assert re.search(r"held out: eval_r [\d.]+, eval_acc [\d.]+, eval_pass8 [\d.]+;", capsys.readouterr().out)
     header, rows = read_csv("rl.csv")
