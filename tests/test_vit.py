@@ -239,7 +239,7 @@ def test_a_few_steps_raise_the_reward():
                                    ["--aux_ce_coef", 0.1], ["--temperature", 0.7, "--beta", 0]])
 def test_options_of_the_class_task(words):
     rows = run("--steps", 3, *words)
-    assert float(rows[0]["frac_zero_std"]) < 1  # there is something to learn from
+    assert min(float(row["frac_zero_std"]) for row in rows[:3]) < 1  # there is something to learn from
     assert all(abs(float(row["ratio_max"]) - 1) < 1e-6 for row in rows[:3])
 
 
