@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -321,7 +322,7 @@ def test_ctrl_c_saves_and_leaves(monkeypatch):
     class Asked(c2i_grpo.Interrupt):
         def __init__(self):
             super().__init__()
-            self.asked = True
+            self.asked = signal.SIGINT
     monkeypatch.setattr(c2i_grpo, "Interrupt", Asked)
     with pytest.raises(SystemExit) as left:
         run()
@@ -384,7 +385,7 @@ def test_official_files_and_a_saved_data_set(llamagen):
 
 def test_codes_are_written_and_read_and_the_true_image_counts(llamagen):
     """Teacher forcing on images, on the codes that --extract-codes wrote, and with n_aug = 2 of them."""
-    forced = [*llamagen, "--dtype", "fp32", "--sampling", "teacher-forced"]
+    forced = [*llamagen, "--dtype", "fp32", "--sampling", "teacher-forced", "--train-batch-size", 2]
     cli(c2i_grpo, *forced, "--extract-codes", "codes")
     assert files("codes") == [f"imagenet256_{part}/{i}.npy" for part in ("codes", "labels") for i in range(6)]
     codes, label = (np.load(f"codes/imagenet256_{part}/2.npy") for part in ("codes", "labels"))
@@ -564,7 +565,7 @@ def test_bad_files_are_one_line(llamagen, capsys):
         for i in range(2):
             np.save(f"codes/imagenet256_codes/{i}.npy", codes)
             np.save(f"codes/imagenet256_labels/{i}.npy", np.array([label]))
-        refused(capsys, *llamagen, "--code-path", "codes", said=said)
+        refused(capsys, *llamagen, "--code-path", "codes", "--overwrite", said=said)
 
 
 # ---- minutes ----

@@ -169,16 +169,12 @@ def files_below(folder, kinds=KINDS):
     return sorted(paths)
 
 
-def read_class(size, normalise, path, label):
-    """As ImageNet's evaluation: the shorter side to size·256/224, then the centre."""
-    return to_tensor(centre(open_rgb(path), round(size * 256 / 224), size), normalise), label
-
-
-def centre(image, shorter, size, interpolation="bilinear"):
-    """A PIL image's shorter side to `shorter` pixels, then the size × size in its centre, by torchvision."""
+def read_class(size, normalise, path, label, shorter=None, by="bilinear"):
+    """As ImageNet's evaluation: the shorter side to `shorter`, or size·256/224, then the centre."""
     transforms = need("torchvision.transforms.functional", "vision")
-    image = transforms.resize(image, shorter, transforms.InterpolationMode(interpolation))
-    return transforms.center_crop(image, size)
+    image = transforms.resize(open_rgb(path), shorter or round(size * 256 / 224),
+                              transforms.InterpolationMode(by))
+    return to_tensor(transforms.center_crop(image, size), normalise), label
 
 
 def open_upright(source):

@@ -1,18 +1,16 @@
 """The data of clip_grpo.py: images as CLIP wants them, classes as words, measures on held-out images."""
 import functools
-import math
 import os
 import re
 import unicodedata
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from utils.cli import die, need
 from vision.bandit import class_reward
 from vision.clip import model as clip_model
-from vision.data import batches, centre, load_classes, open_rgb, to_tensor
+from vision.data import batches, load_classes, read_class
 
 STARTS = "out/clip"  # the folder of the small CLIP's starts
 MEASURES = ["top1", "top5", "top1_other_templates", "top1_rotated"]  # on held-out images
@@ -39,7 +37,8 @@ def load(args):
     size = config["image_resolution"]
     data = load_classes(root, size, normalise=False)
     if is_folder:
-        data.train.read = data.val.read = functools.partial(read_image, size)
+        as_clip_does = functools.partial(read_class, size, False, shorter=size, by="bicubic")
+        data.train.read = data.val.read = as_clip_does
     data.classes = class_words(data.classes, root, args.classnames)
     usual, other = clip_model.TEMPLATES, clip_model.OTHER_TEMPLATES
     if digits:
@@ -74,17 +73,10 @@ def class_words(classes, dataset, names_file=""):
     return [name.replace("_", " ") for name in classes]
 
 
-def read_image(size, path, label):
-    """As CLIP's own preprocessing: the shorter side to size, bicubic, then the centre; values 0 … 1."""
-    return to_tensor(centre(open_rgb(path), size, size, "bicubic"), normalise=False), label
-
-
 def rotated(images, degrees=25.0):
     """The images turned counter-clockwise about their centre. Outside of them it is black."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
-    return F.grid_sample(images, F.affine_grid(turn, list(images.shape), align_corners=False).to(images),
-                         align_corners=False)
+    transforms = need("torchvision.transforms.functional", "clip")
+    return transforms.rotate(images, degrees, transforms.InterpolationMode.BILINEAR)
 
 
 def reward_function(args, words, text):

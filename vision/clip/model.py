@@ -4,7 +4,6 @@ A CLIP scores an image against every class's text (Radford et al., arXiv:2103.00
 is softmax(s·cos), which is the policy of clip_grpo.py. The network is openai-clip's clip.model.CLIP.
 Left out: other CLIPs' file layouts, images with their own captions. Run: python clip_grpo.py
 """
-import math
 import re
 import warnings
 import zipfile
@@ -62,11 +61,8 @@ def load_clip(name, weights="openai", seed=0):
     return build(config_of(SIZES[name]))
 
 
-def build(config, state=None):
-    model = clip_package().model.CLIP(**config).float()
-    if state is not None:
-        model.load_state_dict(state)
-    return model.eval(), config
+def build(config):
+    return clip_package().model.CLIP(**config).float().eval(), config
 
 
 def download(name):
@@ -81,10 +77,7 @@ def download(name):
 
 
 def from_file(path):
-    """A JIT archive as OpenAI's, a state dict, or a file of clip_grpo.py -> CLIP, its config.
-
-    It is built in fp32 and then filled. openai-clip's build_model would round every weight to fp16.
-    """
+    """A JIT archive as OpenAI's, a state dict, or a file of clip_grpo.py -> CLIP in fp32, its config."""
     try:
         archive = zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist())
         if archive:
@@ -97,32 +90,14 @@ def from_file(path):
         die(f"{path} can't be read as weights ({type(error).__name__}): empty, truncated or foreign")
     try:
         state = state["model"] if state.get("format") == checkpoint.FORMAT else state
-        numbers = ("input_resolution", "context_length", "vocab_size")
-        state = {name: value.float() for name, value in state.items() if name not in numbers}
-        return build(infer_config(state), state)
-    except (AttributeError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        state = {name: value.float() for name, value in state.items()}
+        model = clip_package().model.build_model(state).float()  # it reads the sizes, and rounds to fp16
+        model.load_state_dict(state)
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
         die(f"{path} holds no CLIP of OpenAI's layout ({type(error).__name__}: {reason}): wanted an official "
             "file, its state dict, or the policy.pth of clip_grpo.py")
-
-
-def infer_config(state):
-    """CLIP's arguments, from the shapes of its weights. A head is 64 wide."""
-    def blocks(prefix):
-        return len({m[1] for m in (re.match(re.escape(prefix) + r"(\d+)\.", k) for k in state) if m})
-    positions = math.isqrt(len(state["visual.positional_embedding" if "visual.proj" in state
-                                     else "visual.attnpool.positional_embedding"]) - 1)
-    if "visual.proj" in state:
-        width, patch = state["visual.conv1.weight"].shape[0], state["visual.conv1.weight"].shape[-1]
-        layers, resolution = blocks("visual.transformer.resblocks."), patch * positions
-    else:
-        width, patch = state["visual.layer1.0.conv1.weight"].shape[0], None
-        layers, resolution = tuple(blocks(f"visual.layer{i}.") for i in (1, 2, 3, 4)), 32 * positions
-    text_width = len(state["ln_final.weight"])
-    sizes = (state["text_projection"].shape[1], resolution, layers, width, patch,
-             text_width, text_width // 64, blocks("transformer.resblocks."))
-    config = config_of(sizes, len(state["positional_embedding"]))
-    return {**config, "vocab_size": len(state["token_embedding.weight"])}
+    return model, {"image_resolution": model.visual.input_resolution, "context_length": model.context_length}
 
 
 # ---- class texts ----

@@ -110,7 +110,7 @@ def scenes(n, seed, split, side=112):
     from PIL import Image
     images, labels, boxes, _ = digit_scenes(n, side, seed=seed, split=split, sides=(24 / 112, 44 / 112))
     return [{"image": Image.fromarray((image[0] * 255).byte().numpy()).convert("RGB"),
-             "prompt": f"where is the {label.item()}?", "solution": box[0].tolist(), "size": (side, side),
+             "prompt": f"where is the {label.item()}?", "solution": box.tolist(), "size": (side, side),
              "scales": (1.0, 1.0)} for image, label, box in zip(images, labels, boxes)]
 
 
