@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint
 from utils.cli import AtLeast, die, parse
-from utils.device import peak_mem_mb, pick_device, write_run_record
+from utils.device import peak_mem_mb, pick_device
 from utils.log import SHARED
 from utils.run import Run, step_generator
 from vision.bandit import draw, entropy, exact_kl, frac_zero_std
@@ -260,9 +260,8 @@ def main(args):
     run.finish(samples=run.counts["samples"], seconds=run.counts["seconds"], peak_mem_mb=peak_mem_mb(device),
                **after[0])
     classes = {word: {"before": old, "after": new} for word, old, new in zip(words, before[1], after[1])}
-    run.record |= {"before": before[0], "after": after[0], "class_accuracy": classes}
-    write_run_record(args.log, args, device=str(device), dtype=run.dtype, **run.record)
-    report(args, data, {"before": before[::2], "after": after[::2]}, {name: name for name in before[0]},
+    run.record["class_accuracy"] = classes
+    report(run, data, before[::2], after[::2], {name: name for name in before[0]},
            ["mean_r", "top1", "kl", "entropy_norm"] if args.plot_metrics else [],
            [f"{args.out}/policy.pth"] if args.save_model else [])
 

@@ -221,6 +221,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(words):
     assert cut[0]["kl"] == "0" and cut[0]["mean_r"] != want[0]["mean_r"]  # it began where the other ended
 
 
+def test_a_resume_refuses_other_weights(llamagen, capsys):
+    words = [*llamagen, "--save-every", 1, "--steps", 1]
+    cli(c2i_grpo, *words)
+    content = torch.load("vq.pt", weights_only=True)
+    content["model"]["quantize.embedding.weight"] += 1
+    torch.save(content, "vq.pt")
+    refused(capsys, *words, "--steps", 2, "--resume", said="file vq.pt has changed")
+
+
 def test_a_resume_refuses_other_arguments(capsys):
     run("--save-every", 1, "--steps", 1)
     refused(capsys, *SOME, "--resume", "--lr", 1, said="began with lr 0.003, not 1.0")
@@ -399,7 +408,7 @@ def test_codes_are_written_and_read_and_the_true_image_counts(llamagen):
     for i in range(6):
         path = f"codes/imagenet256_codes/{i}.npy"
         np.save(path, np.concatenate([np.load(path), np.zeros((1, 1, 256), np.int64)], 1))
-    cli(c2i_grpo, *forced, "--code-path", "codes")
+    cli(c2i_grpo, *forced, "--code-path", "codes", "--overwrite")
     assert [r["entropy"] for r in numbers()] != [r["entropy"] for r in by_code]
 
 

@@ -636,7 +636,7 @@ def test_data_that_is_not_there_or_broken(refused, tmp_path, monkeypatch):
     refused(["--dataset", "cifar100"], "--model")
     image_folder(tmp_path / "made", broken=True)
     refused(["--dataset", "made", "--model", "tiny.pth", "--num-workers", "0"], "red_thing/0.png",
-            "not readable")
+            "isn't readable")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(refused, tmp_path):

@@ -225,9 +225,9 @@ def test_the_digits_are_split_once_and_for_all():
         assert torch.equal(part.targets, torch.tensor(raw.target)[index])
         assert torch.equal(part.images[:, 0], torch.tensor(raw.images, dtype=torch.float32)[index] / 16)
     assert torch.equal(found.train.images[:, 0], found.train.images[:, 2])
-    large = digits(32, channels=1)
-    assert large.train.images.shape == (1438, 1, 32, 32)
-    assert torch.allclose(large.train.images.mean((2, 3)), found.train.images[:, :1].mean((2, 3)), atol=1e-5)
+    large = digits(32)
+    assert large.train.images.shape == (1438, 3, 32, 32)
+    assert torch.allclose(large.train.images.mean((2, 3)), found.train.images.mean((2, 3)), atol=1e-5)
 
 
 def test_scenes_are_tight_and_made_from_the_seed():
@@ -424,10 +424,8 @@ def test_folders_that_are_refused(folder, capsys):
     def load(root):
         return lambda: load_classes(str(root), 8)
     refused(capsys, load("nowhere"), "nowhere", "no such folder", "train/")
-    refused(capsys, load(tree(folder / "a", ("val",))), "no train/", "val")
-    refused(capsys, load(tree(folder / "b", ("train",))), "no val/", "eval/")
-    (folder / "c").mkdir()
-    refused(capsys, load(folder / "c"), "no train/", "nothing")
+    refused(capsys, load(tree(folder / "a", ("val",))), "a/train: no such folder", "val")
+    refused(capsys, load(tree(folder / "b", ("train",))), "b/val: no such folder", "eval/")
     root = tree(folder / "d")
     (root / "train" / "cow").mkdir()
     refused(capsys, load(root), "cow", "no images")
@@ -802,7 +800,7 @@ def test_bad_images_are_refused_or_skipped_and_counted(workers, folder, capsys):
     damage(root)
     train = load_classes(str(root), 8).train
     assert len(train) == 9  # the folder is none of them
-    refused(capsys, lambda: seen(train, 2, num_workers=workers), "cut.png", "not readable",
+    refused(capsys, lambda: seen(train, 2, num_workers=workers), "cut.png", "isn't readable",
             "--bad_images skip")
     names = seen(train, 10, num_workers=workers, bad_images="skip")
     assert len(names[0]) == 6

@@ -67,18 +67,6 @@ class Classifier(nn.Module):
         hook.remove()
         return head_inputs[0].float()
 
-    @torch.no_grad()
-    def calibrate(self, batches):
-        """Sets BatchNorm's statistics from images, once, before training: random weights have none."""
-        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
-            norm.train()
-        for images in batches if norms else ():
-            self.net(images)
-        self.eval()
-
 
 def build(name, n_classes, weights):
     """weights: "default" (published ones, downloaded; none for `small`), "none" (random), or a file."""
@@ -121,12 +109,10 @@ def is_ours(path):
 
 def load_weights(model, name, path):
     """Fills model from a checkpoint of cnn_grpo.py or a state dict; a head of other classes stays new."""
-    if not Path(path).is_file():
-        die(f"--weights {path}: no such file. Wanted default, none, or a file of weights.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        die(f"--weights {path} can't be read ({type(error).__name__}): wanted what torch.save writes")
+        die(f"--weights {path} can't be read ({type(error).__name__}): wanted default, none, or a state dict")
     if isinstance(content, dict) and content.get("format") == FORMAT:
         made_for = content.get("config", {}).get("model")
         if content.get("kind") != "classifier" or made_for != name:

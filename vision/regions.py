@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from utils import guard
 from utils.cli import die
 from vision.data import (
     Data, Images, digit_arrays, files_below, open_rgb, open_upright, split_folders, to_tensor)
@@ -72,6 +73,7 @@ def coco_boxes(folder):
     if len(files) != 1:
         die(f"{folder} holds {len(files)} JSON files: wanted one, COCO's, beside the images")
     file, largest, left_out, every = Path(files[0]), {}, 0, []
+    guard.note(f"file {file}", file)
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
         images = {image["id"]: (str(file.parent / image["file_name"]), float(image["width"]),
@@ -130,6 +132,7 @@ def mask_files(folder):
             die(f"{image} has no mask: wanted {Path(mask).name} beside it, its foreground not black")
     if not images:
         die(f"{folder} has no images: wanted NAME.jpg (or .png) with NAME_mask.png beside each")
+    guard.note(f"list of images in {folder}", "\n".join(images))
     return images, masks
 
 

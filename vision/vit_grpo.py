@@ -20,7 +20,7 @@ import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils.cli import AtLeast, die, parse
-from utils.device import pick_device, write_run_record
+from utils.device import pick_device
 from utils.log import SHARED, open_tracker
 from utils.run import Run, step_generator
 from vision import rewards
@@ -178,8 +178,8 @@ def main(args):
     best_file = f"{args.out}/best_vit_{args.task}_grpo.pt"
     run.hold(about, counts={"best": -1.0}, writes=[best_file], model=policy, ref=ref, optimizer=optimizer)
     reward_of = pick_reward(reward_name, args, data, ref, device)
-    before, first_before = evaluate(ref, ref, data, reward_of, args, run)
-    run.record["before"] = before
+    before = evaluate(ref, ref, data, reward_of, args, run)
+    run.record["before"] = before[0]
 
     loader = batches(data.train, B, args.seed, run.start, args.steps, args.num_workers, args.bad_images)
     for step, (images, target, names) in zip(run.steps(), loader):
@@ -229,12 +229,11 @@ def main(args):
         run.write(samples=len(action), mean_r=reward.mean(), kl=kl, entropy=entropy(logq).mean(),
                   token_adv=adv.abs().mean(), aux_ce=ce, frac_zero_std=frac_zero_std(reward), **held_out)
 
-    after, first_after = evaluate(policy, ref, data, reward_of, args, run)
-    keep_best(run, policy, best_file, "vit", after, metric, **about)
+    after = evaluate(policy, ref, data, reward_of, args, run)
+    keep_best(run, policy, best_file, "vit", after[0], metric, **about)
     run.save(args.steps)  # again, with the number of the best policy
-    run.finish(**after)
-    write_run_record(args.log, args, device=str(device), dtype=run.dtype, **run.record, after=after)
-    report(args, data, {"before": (before, first_before), "after": (after, first_after)},
+    run.finish(**after[0])
+    report(run, data, before, after,
            {metric: f"{metric}, dropout off", "eval_r": f"reward ({reward_name})", "eval_kl": "KL, nats"},
            ["mean_r", metric, "kl", "entropy"], [best_file])
 

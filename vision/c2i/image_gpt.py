@@ -126,18 +126,6 @@ class Slots:
 
 
 # ---- layers ----
-class RMSNorm(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.dim))
-
-    def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -177,7 +165,8 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attention, self.feed_forward = Attention(config), FeedForward(config)
-        self.attention_norm, self.ffn_norm = RMSNorm(config), RMSNorm(config)
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x, slots):
         x = x + self.attention(self.attention_norm(x), slots)
@@ -196,7 +185,7 @@ class ImageGPT(nn.Module):
         self.cls_embedding = nn.ModuleDict({"embedding_table": classes})
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         for p in self.parameters():
             if p.dim() == 2:

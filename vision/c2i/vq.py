@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils import guard
 from utils.cli import die
 
 
@@ -227,6 +228,7 @@ def load_official(model, path):
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
         die(f"{path} can't be read as a checkpoint ({type(error).__name__}): empty, truncated, or it pickles "
             "more than tensors, plain values and argparse.Namespace (torch.save its state dict alone).")
+    guard.note(f"file {path}", path)
     content = content if isinstance(content, dict) else {type(content).__name__: content}
     wrapped = [content[name] for name in model.wrapping if isinstance(content.get(name), dict)]
     weights = wrapped[0] if wrapped else content

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from utils.cli import die, need
+from vision import rewards
 from vision.bandit import class_reward
 from vision.clip import model as clip_model
 from vision.data import batches, load_classes, read_class
@@ -27,9 +28,6 @@ def load(args):
     if dataset == "cifar100" and args.data_path:
         os.environ["NANOGRPO_DATA"] = args.data_path
     root = args.data_path or "data/imagenet" if dataset == "imagenet" else dataset
-    if is_folder and not Path(root).is_dir():
-        die(f"--dataset {dataset}: no folder {root}. Wanted digits, cifar100, imagenet "
-            "(with --data_path FOLDER) or a folder with train/ and val/, a folder a class in each")
     if args.model:
         model, config = clip_model.load_clip(args.model, args.weights, args.seed)
     else:
@@ -67,9 +65,8 @@ def class_words(classes, dataset, names_file=""):
     if wnids and len(wnids) == len(classes) == 1000:  # sorted they are in the order of ImageNet's class list
         return list(need("torchvision.models", "clip").ResNet50_Weights.DEFAULT.meta["categories"])
     if wnids:
-        die(f"{len(wnids)} of {len(classes)} folders are named as ImageNet's ({wnids[0]}): words are known "
-            "for all 1,000 only. Give --classnames FILE, a line FOLDER WORDS a class, as ImageNet's "
-            "LOC_synset_mapping.txt")
+        die(f"{len(wnids)} of {len(classes)} folders are ImageNet's ({wnids[0]}): words are known for 1,000 "
+            "only. Give --classnames FILE, lines FOLDER WORDS, as ImageNet's LOC_synset_mapping.txt")
     return [name.replace("_", " ") for name in classes]
 
 
@@ -84,7 +81,9 @@ def reward_function(args, words, text):
     similarity, C = text @ text.T, len(text)
     distance = (1 - similarity).sum() / (C * (C - 1))  # mean over pairs of classes
     tau = args.tau if args.tau is not None else distance / 10  # a miss at that distance earns e⁻¹⁰
-    return class_reward(args.reward, words, similarity, ("bandit", "smooth"), tau=tau)
+    return class_reward(args.reward, {
+        "bandit": lambda action, label, probability: rewards.bandit(action, label),
+        "smooth": lambda action, label, probability: rewards.smooth(action, label, similarity, tau)}, words)
 
 
 @torch.no_grad()

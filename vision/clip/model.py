@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from utils import checkpoint
 from utils.cli import die, impatient, need
 from utils.run import step_generator
-from vision.data import digits, step_index
+from vision.data import digits, standard, step_index
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
 FIELDS = ("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size",
@@ -39,8 +39,7 @@ OTHER_DIGIT_TEMPLATES = ("the number {}, drawn with a pen.", "an image of a {}."
 
 
 def clip_package():
-    with warnings.catch_warnings():  # openai-clip imports pkg_resources, which warns
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):  # openai-clip imports pkg_resources, which warns
         return need("clip", "clip")
 
 
@@ -79,10 +78,8 @@ def download(name):
 def from_file(path):
     """A JIT archive as OpenAI's, a state dict, or a file of clip_grpo.py -> CLIP in fp32, its config."""
     try:
-        archive = zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist())
-        if archive:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch.jit is deprecated, OpenAI's files are not
+        if zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist()):
+            with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, OpenAI's files are not
                 state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -114,15 +111,13 @@ def text_features(model, words, templates):
     clip, total = clip_package(), 0.0
     for template in templates:
         if "{}" not in template:
-            die(f"the template {template!r} has no {{}}, where the class's name goes: wanted one such as "
-                "'a photo of a {}.'")
+            die(f"the template {template!r} has no {{}} for the class's name: wanted 'a photo of a {{}}.'")
         texts = [fill(template, word) for word in words]
         try:
             tokens = clip.tokenize(texts, model.context_length)
         except RuntimeError:
             longest = max(texts, key=len)
-            die(f"{longest[:60]!r} … is longer than the model's context of {model.context_length} tokens: "
-                "shorten the class's name or the template")
+            die(f"{longest[:60]!r} … is longer than the model's context of {model.context_length} tokens")
         device = model.logit_scale.device
         parts = [model.encode_text(rows) for rows in tokens.to(device).split(256)]
         total = total + F.normalize(torch.cat(parts).float(), dim=1)
@@ -132,8 +127,7 @@ def text_features(model, words, templates):
 # ---- images ----
 def normalise(images):
     """(x − mean) / std with CLIP's numbers, in fp32: (…, 3, H, W) in 0 … 1."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
-    return (images.float() - mean) / std
+    return standard(images.float(), numbers=(MEAN, STD))
 
 
 # ---- the small CLIP's start ----

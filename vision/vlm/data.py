@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from utils import guard
 from utils.cli import die
 from vision import rewards
 from vision.data import open_rgb, to_tensor
@@ -132,6 +133,7 @@ def load_examples(path, root, processor):
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         die(f"{path} can't be read ({error}): wanted a JSON or JSONL file")
+    guard.note(f"file {path}", text)
     is_list = text.lstrip().startswith("[")
     rows = []
     for number, line in enumerate([text] if is_list else text.split("\n"), 1):
