@@ -110,11 +110,6 @@ def bandit_loss(logp_all, logp_old, action, adv, objective=OBJECTIVE):
     return grpo_loss(logp, logp_old, logp_old, adv, torch.ones_like(logp_old, dtype=torch.bool), objective)
 
 
-def mean_entropy(logp_all, temperature=1.0):
-    """The entropy of π at a temperature, mean over images, in nats: (B, C) -> ()."""
-    return entropy(F.log_softmax(logp_all / temperature, dim=1)).mean()
-
-
 def learning_rate(step, steps, peak, warmup):
     """A linear rise over the share `warmup` of the steps, then a cosine down to 0."""
     ramp = warmup * steps
@@ -238,12 +233,13 @@ def main(args):
                 loss, stats = F.nll_loss(logp_all, label), {}
             else:
                 loss, stats = bandit_loss(logp_all, logp_old, action, adv)
-            kl, bonus = exact_kl(logp_all, ref_all).mean(), mean_entropy(logp_all, args.entropy_temperature)
+            kl = exact_kl(logp_all, ref_all).mean()
+            bonus = entropy(F.log_softmax(logp_all / args.entropy_temperature, dim=1)).mean()
             loss = loss + args.beta * kl - args.entropy_coef * bonus
             loss.backward()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak, args.warmup)
-            stats |= {"loss": loss.detach(), "kl": kl.detach(), "entropy": mean_entropy(logp_all.detach())}
+            stats |= {"loss": loss.detach(), "kl": kl.detach(), "entropy": entropy(logp_all.detach()).mean()}
             run.add(stats, 1 / args.updates)
             run.update(optimizer, model, grad_clip=args.grad_clip, weight=1 / args.updates)
             scale.data.clamp_(max=math.log(100))

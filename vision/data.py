@@ -133,8 +133,7 @@ def split_folders(root):
     val = other if other.is_dir() and not val.is_dir() else val
     for folder in (train, val):
         if not folder.is_dir():
-            die(f"{folder}: no such folder. Wanted train/ and val/ (or eval/) in --data_root, --dataset or "
-                "--data_path")
+            die(f"{folder}: no such folder. Wanted train/ and val/ (or eval/) in --data_root or --data_path")
     return train, val
 
 
