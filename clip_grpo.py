@@ -3,8 +3,7 @@
 π(class | image) = softmax(s·cos(image, class text)), CLIP's zero-shot classifier (arXiv:2103.00020).
 G classes are drawn for an image and compared within their group (GRPO, arXiv:2402.03300). The classes can be
 enumerated, so the KL to the start π₀ and the entropy are exact. The text tower is frozen, its features are
-computed once.
-The banners of the loop are those of train_grpo.py, in the same order.
+computed once. The banners of the loop are those of train_grpo.py, in the same order.
 Left out: training the text tower, augmentation beyond a flip, several processes.
 Run: python clip_grpo.py (a small CLIP on digits, offline; --model ViT-B/32 for OpenAI's)
 """

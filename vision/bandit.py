@@ -49,8 +49,7 @@ def class_reward(name, known, classes):
     """The reward of a drawn class, one of `known` {name: function} or FILE.py:FUNCTION.
 
     -> function (action (B, G), label (B,), probability (B, C), names of the B images) -> reward (B, G).
-    A user's function gets the classes' names: completions are the drawn ones, label the true ones, and
-    prompts the images' names.
+    A user's function gets names: completions of the drawn classes, label of the true ones, prompts of images.
     """
     if name in known:
         return lambda action, label, probability, names: known[name](action, label, probability)

@@ -34,10 +34,7 @@ class SmallCNN(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A network whose last linear layer gives the logits. It stays in eval mode, as RL needs it.
-
-    So BatchNorm uses its frozen statistics and dropout is off, and KL at step 0 is 0.
-    """
+    """A network whose last linear layer gives the logits. It stays in eval mode, so KL at step 0 is 0."""
 
     def __init__(self, net, n_classes):
         super().__init__()
@@ -149,8 +146,7 @@ def yolo(name, weights):
 def published_yolo(path):
     """The network in a file of ultralytics. Such a file pickles classes: torch.nn's and its own may load."""
     if not Path(path).is_file():
-        die(f"--weights default: no {path} here. Fetch it from the releases of ultralytics/assets on GitHub, "
-            "or give --weights none or --weights FILE.pt")
+        die(f"--weights: no {path} here: fetch it from ultralytics/assets on GitHub, or give --weights none")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         foreign = [n for n in names if not n.startswith(("torch.nn.modules.", "ultralytics.nn."))]

@@ -3,8 +3,7 @@
 One forward pass gives all of an image's G answers. The actions can be enumerated, so the KL is exact
 (arXiv:2402.03300 samples it). benchmarks/exact.py compares with the exact policy gradient.
 The banners of the loop are those of train_grpo.py, in the same order.
-Left out: several updates a rollout, several processes.
-Run: python -m vision.cnn_grpo
+Left out: several updates a rollout, several processes. Run: python -m vision.cnn_grpo
 """
 import copy
 from dataclasses import asdict, dataclass, replace
@@ -81,15 +80,13 @@ def load(args, device):
     digits, yolo = args.data_root == "digits", args.model.startswith("yolov8")
     size = 32 if digits or args.data_root == "cifar100" else 224
     size = 8 if digits and args.model == "small" else size
-    # yolov8-cls was trained on images in 0 … 1
-    data = load_classes(args.data_root, args.img_size or size, normalise=not yolo)
+    data = load_classes(args.data_root, args.img_size or size, normalise=not yolo)  # yolov8: in 0 … 1
     data.val = data.val.sample(args.eval_images, step_generator(0, 0))
     torch.manual_seed(args.seed)
     policy = build(args.model, len(data.classes), args.weights).to(device)
     from_file = args.weights not in ("default", "none")  # such weights are trained already
     reading = {"num_workers": args.num_workers, "bad_images": args.bad_images}
-    if args.weights == "none" or args.model == "small" and not from_file:
-        # random weights have no BatchNorm statistics
+    if args.weights == "none" or args.model == "small" and not from_file:  # BatchNorm has no statistics yet
         torch.optim.swa_utils.update_bn(batches(data.train, 32, args.seed, 0, 8, **reading), policy, device)
     few = 3 if digits and not from_file else 0
     few = few if args.sft_images is None else args.sft_images

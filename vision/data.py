@@ -189,8 +189,7 @@ def open_upright(source):
 def open_rgb(source):
     """The same as RGB, on white where it is transparent.
 
-    16-bit pixels are scaled from 0 … 65535, floats from 0 … 1. 32-bit integers are 0 … 255. What can't be
-    decided raises ValueError.
+    16-bit pixels are 0 … 65535, floats 0 … 1, 32-bit integers 0 … 255. Others raise ValueError.
     """
     image = open_upright(source)
     if image.mode[0] in "IF":
@@ -249,8 +248,7 @@ def cifar100(size=32, normalise=True):
         with impatient():
             parts = [datasets.CIFAR100(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        die(f"CIFAR-100 isn't at {root}/cifar-100-python and can't be downloaded ({type(error).__name__}): "
-            "put the unpacked folder there, or name an image folder")
+        die(f"no {root}/cifar-100-python, and it can't be downloaded ({type(error).__name__}): put it there")
     read = functools.partial(read_class, size, normalise, shorter=size, by="bicubic")
     train, val = (Images([Image.fromarray(x) for x in part.data], torch.tensor(part.targets),
                          [f"cifar100/{i}" for i in range(len(part))], read) for part in parts)

@@ -23,8 +23,7 @@ def digit_scenes(n, size=32, seed=0, split="train", sides=(0.35, 0.65)):
     """n black canvases with a digit each, at a random place and size.
 
     -> images (n, 1, size, size) in 0 … 1, labels (n,), boxes (n, 4) in pixels (x1, y1, x2, y2, the far edges
-    exclusive), masks (n, size, size). The digits are those of `split`, so that no test digit is in a training
-    scene. sides: the least and greatest side of a digit, as shares of the canvas.
+    exclusive), masks (n, size, size). sides: a digit's least and greatest side, as shares of the canvas.
     """
     stock, stock_labels = digit_arrays()[split]
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))

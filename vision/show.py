@@ -42,8 +42,7 @@ def grid(path, images, truth, rows, names=None):
     """Writes a PNG, atomically, with a row of images for each entry of rows ({"before": …, "after": …}).
 
     images (n, 3, H, W) in 0 … 1. truth and every value of rows hold n answers of one kind: class indices (n,)
-    with their `names`, boxes (n, 4) as shares of the sides, or masks (n, H, W) of 0 and 1. A class caption is
-    green where it is right, else red. The true box or outline is green, the answer is red.
+    with their `names`, boxes (n, 4) as shares of the sides, or masks (n, H, W). Green is true, red is wrong.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

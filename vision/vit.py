@@ -69,10 +69,10 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """vit(images, seed=None): (N, C, H, W) -> logits (N, T, V); the seed is that of the dropout masks.
 
-    The same seed, with the same images in the same order, is the same network. Another seed is another one.
-    None is the mean network, without dropout, for evaluation. Each row of the batch has masks of its own, so
-    an image repeated G times is answered by G networks. A label and a box are read from T learnt tokens in
-    front of the patches: ViT's class token, or four of them. A mask is read from the patches' own tokens.
+    The same seed, with the same images in the same order, is the same network. None is the mean network,
+    without dropout, for evaluation. Each row of the batch has masks of its own, so an image repeated G times
+    is answered by G networks. A label and a box are read from T learnt tokens in front of the patches: ViT's
+    class token, or four of them. A mask is read from the patches' own tokens.
     """
 
     def __init__(self, config):

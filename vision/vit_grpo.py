@@ -4,8 +4,7 @@ Each answer has a dropout mask of its own (MC dropout, arXiv:1506.02142). The dr
 Masks have a fixed distribution, so the gradient is that of log π(answer | mask). The update replays the mask
 from its seed, so the first ratio is exactly 1. The KL is exact given the mask, by enumeration. It is an upper
 bound of the KL between the policies averaged over masks (convexity).
---draw argmax takes a pass's most likely answer. The probability of that answer is the share of masks that
-lead to it, and log π(answer | mask) is not: the gradient is biased.
+--draw argmax takes a pass's most likely answer, which depends on the mask alone: the gradient is biased.
 Left out: several updates a rollout, several processes, several boxes an image, a reward for each pixel.
 Run: python -m vision.vit_grpo --task class (or box, or mask)
 """

@@ -134,8 +134,7 @@ def normalise(images):
 def digits_start(folder, seed=0, accuracy=0.72, max_steps=1000):
     """A small CLIP, trained by CLIP's contrastive loss on digits with captions, saved in `folder`.
 
-    It stops when its zero-shot accuracy on 512 of the training images reaches `accuracy`. Two images with
-    equal captions count as a pair, too: with ten digits a batch holds many of them.
+    It stops at that zero-shot accuracy on 512 training images. Two images of equal captions are a pair, too.
     """
     path = Path(folder) / f"start-s{seed}-{accuracy:g}.pth"
     if path.is_file():
