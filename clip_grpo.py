@@ -3,8 +3,7 @@
 π(class | image) = softmax(s·cos(image, class text)), CLIP's zero-shot classifier (arXiv:2103.00020).
 G classes are drawn for an image and compared within their group (GRPO, arXiv:2402.03300). The classes can be
 enumerated, so the KL to the start π₀ and the entropy are exact. The text tower is frozen, its features are
-computed once.
-The banners of the loop are those of train_grpo.py, in the same order.
+computed once. The banners of the loop are those of train_grpo.py, in the same order.
 Left out: training the text tower, augmentation beyond a flip, several processes.
 Run: python clip_grpo.py (a small CLIP on digits, offline; --model ViT-B/32 for OpenAI's)
 """
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint
 from utils.cli import AtLeast, die, parse
-from utils.device import peak_mem_mb, pick_device, write_run_record
+from utils.device import peak_mem_mb, pick_device
 from utils.log import SHARED
 from utils.run import Run, step_generator
 from vision.bandit import draw, entropy, exact_kl, frac_zero_std
@@ -108,11 +107,6 @@ def bandit_loss(logp_all, logp_old, action, adv, objective=OBJECTIVE):
     """grpo.py's loss with T = 1; logp_old (B, G, 1) is also the reference, since β = 0. -> loss, stats"""
     logp = logp_all.gather(1, action)[:, :, None]  # (B, G, 1)
     return grpo_loss(logp, logp_old, logp_old, adv, torch.ones_like(logp_old, dtype=torch.bool), objective)
-
-
-def mean_entropy(logp_all, temperature=1.0):
-    """The entropy of π at a temperature, mean over images, in nats: (B, C) -> ()."""
-    return entropy(F.log_softmax(logp_all / temperature, dim=1)).mean()
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -238,12 +232,13 @@ def main(args):
                 loss, stats = F.nll_loss(logp_all, label), {}
             else:
                 loss, stats = bandit_loss(logp_all, logp_old, action, adv)
-            kl, bonus = exact_kl(logp_all, ref_all).mean(), mean_entropy(logp_all, args.entropy_temperature)
+            kl = exact_kl(logp_all, ref_all).mean()
+            bonus = entropy(F.log_softmax(logp_all / args.entropy_temperature, dim=1)).mean()
             loss = loss + args.beta * kl - args.entropy_coef * bonus
             loss.backward()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak, args.warmup)
-            stats |= {"loss": loss.detach(), "kl": kl.detach(), "entropy": mean_entropy(logp_all.detach())}
+            stats |= {"loss": loss.detach(), "kl": kl.detach(), "entropy": entropy(logp_all.detach()).mean()}
             run.add(stats, 1 / args.updates)
             run.update(optimizer, model, grad_clip=args.grad_clip, weight=1 / args.updates)
             scale.data.clamp_(max=math.log(100))
@@ -260,9 +255,8 @@ def main(args):
     run.finish(samples=run.counts["samples"], seconds=run.counts["seconds"], peak_mem_mb=peak_mem_mb(device),
                **after[0])
     classes = {word: {"before": old, "after": new} for word, old, new in zip(words, before[1], after[1])}
-    run.record |= {"before": before[0], "after": after[0], "class_accuracy": classes}
-    write_run_record(args.log, args, device=str(device), dtype=run.dtype, **run.record)
-    report(args, data, {"before": before[::2], "after": after[::2]}, {name: name for name in before[0]},
+    run.record["class_accuracy"] = classes
+    report(run, data, before[::2], after[::2], {name: name for name in before[0]},
            ["mean_r", "top1", "kl", "entropy_norm"] if args.plot_metrics else [],
            [f"{args.out}/policy.pth"] if args.save_model else [])
 

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -220,6 +221,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(words):
     assert cut[0]["kl"] == "0" and cut[0]["mean_r"] != want[0]["mean_r"]  # it began where the other ended
 
 
+def test_a_resume_refuses_other_weights(llamagen, capsys):
+    words = [*llamagen, "--save-every", 1, "--steps", 1]
+    cli(c2i_grpo, *words)
+    content = torch.load("vq.pt", weights_only=True)
+    content["model"]["quantize.embedding.weight"] += 1
+    torch.save(content, "vq.pt")
+    refused(capsys, *words, "--steps", 2, "--resume", said="file vq.pt has changed")
+
+
 def test_a_resume_refuses_other_arguments(capsys):
     run("--save-every", 1, "--steps", 1)
     refused(capsys, *SOME, "--resume", "--lr", 1, said="began with lr 0.003, not 1.0")
@@ -321,7 +331,7 @@ def test_ctrl_c_saves_and_leaves(monkeypatch):
     class Asked(c2i_grpo.Interrupt):
         def __init__(self):
             super().__init__()
-            self.asked = True
+            self.asked = signal.SIGINT
     monkeypatch.setattr(c2i_grpo, "Interrupt", Asked)
     with pytest.raises(SystemExit) as left:
         run()
@@ -384,7 +394,7 @@ def test_official_files_and_a_saved_data_set(llamagen):
 
 def test_codes_are_written_and_read_and_the_true_image_counts(llamagen):
     """Teacher forcing on images, on the codes that --extract-codes wrote, and with n_aug = 2 of them."""
-    forced = [*llamagen, "--dtype", "fp32", "--sampling", "teacher-forced"]
+    forced = [*llamagen, "--dtype", "fp32", "--sampling", "teacher-forced", "--train-batch-size", 2]
     cli(c2i_grpo, *forced, "--extract-codes", "codes")
     assert files("codes") == [f"imagenet256_{part}/{i}.npy" for part in ("codes", "labels") for i in range(6)]
     codes, label = (np.load(f"codes/imagenet256_{part}/2.npy") for part in ("codes", "labels"))
@@ -398,7 +408,7 @@ def test_codes_are_written_and_read_and_the_true_image_counts(llamagen):
     for i in range(6):
         path = f"codes/imagenet256_codes/{i}.npy"
         np.save(path, np.concatenate([np.load(path), np.zeros((1, 1, 256), np.int64)], 1))
-    cli(c2i_grpo, *forced, "--code-path", "codes")
+    cli(c2i_grpo, *forced, "--code-path", "codes", "--overwrite")
     assert [r["entropy"] for r in numbers()] != [r["entropy"] for r in by_code]
 
 
@@ -564,7 +574,7 @@ def test_bad_files_are_one_line(llamagen, capsys):
         for i in range(2):
             np.save(f"codes/imagenet256_codes/{i}.npy", codes)
             np.save(f"codes/imagenet256_labels/{i}.npy", np.array([label]))
-        refused(capsys, *llamagen, "--code-path", "codes", said=said)
+        refused(capsys, *llamagen, "--code-path", "codes", "--overwrite", said=said)
 
 
 # ---- minutes ----

@@ -13,7 +13,7 @@ from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint
 from vision import vit_grpo
 from vision.bandit import exact_kl
-from vision.vit import Dropout, ViT, ViTConfig, answers, as_actions, load_vit
+from vision.vit import ViT, ViTConfig, answers, as_actions, dropout, load_vit
 
 TASKS = ("class", "box", "mask")
 SMALL = ["--device", "cpu", "--width", 16, "--heads", 2, "--depth", 1, "--batch_size", 8, "--group_size", 4,
@@ -78,11 +78,11 @@ def test_no_seed_is_one_network_without_dropout():
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
     x = torch.full((400_000,), 2.0)
-    y = Dropout(0.3)(x, torch.Generator().manual_seed(0))
+    y = dropout(x, 0.3, torch.Generator().manual_seed(0))
     assert y.unique().tolist() == [0.0, pytest.approx(2 / 0.7)]
     assert (y == 0).float().mean() == pytest.approx(0.3, abs=0.004)  # 5 standard deviations
     assert y.mean() == pytest.approx(2.0, abs=0.011)
-    assert Dropout(0.3)(x, None) is x
+    assert dropout(x, 0.3, None) is x
 
 
 def test_a_masks_logits_are_in_the_order_of_its_pixels():
@@ -239,7 +239,7 @@ def test_a_few_steps_raise_the_reward():
                                    ["--aux_ce_coef", 0.1], ["--temperature", 0.7, "--beta", 0]])
 def test_options_of_the_class_task(words):
     rows = run("--steps", 3, *words)
-    assert float(rows[0]["frac_zero_std"]) < 1  # there is something to learn from
+    assert min(float(row["frac_zero_std"]) for row in rows[:3]) < 1  # there is something to learn from
     assert all(abs(float(row["ratio_max"]) - 1) < 1e-6 for row in rows[:3])
 
 

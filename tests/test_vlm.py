@@ -426,6 +426,13 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(start, engine, monkey
     assert any(not torch.equal(begun[name], one[name]) for name in one)
 
 
+def test_a_resume_on_other_data_is_refused(start, capsys):
+    words = ["--model", start, "--engine", "nano", "--data", user_file(12), "--steps", 1]
+    run(*words)
+    user_file(11)
+    assert "file data.json has changed" in fails(capsys, *SMALL, *words, "--steps", 2, "--resume")
+
+
 @pytest.mark.parametrize("engine", ["trl", "nano"])
 @pytest.mark.slow
 def test_lora_trains_adapters_alone(start, engine):

@@ -45,31 +45,23 @@ def refuse_reward(name, task):
         die(f"--reward {name} doesn't score a {task}: wanted {', '.join(rewards.TASKS[task])}{hint}")
 
 
-def class_reward(name, classes, similarity=None, known=rewards.TASKS["class"],
-                 topk=5, margin_alpha=1.0, tau=0.3):
-    """The reward of a drawn class; name: one of `known`, or FILE.py:FUNCTION.
+def class_reward(name, known, classes):
+    """The reward of a drawn class, one of `known` {name: function} or FILE.py:FUNCTION.
 
     -> function (action (B, G), label (B,), probability (B, C), names of the B images) -> reward (B, G).
-    similarity (C, C) is needed by `topk` and `smooth` alone. A user's function gets the classes' names:
-    completions are the drawn ones, prompts the images' names, label the true ones.
+    A user's function gets names: completions of the drawn classes, label of the true ones, prompts of images.
     """
-    function = None if name in known else load_reward(name, known)
+    if name in known:
+        return lambda action, label, probability, names: known[name](action, label, probability)
+    function = load_reward(name, known)
 
-    def reward_of(action, label, probability, names):
-        if name == "bandit":
-            return rewards.bandit(action, label)
-        if name == "topk":
-            return rewards.topk(action, label, similarity, topk)
-        if name == "margin":
-            return rewards.margin(action, label, probability, margin_alpha)
-        if name == "smooth":
-            return rewards.smooth(action, label, similarity, tau)
+    def users_reward(action, label, probability, names):
         G = action.shape[1]
         scores = function(completions=[classes[a] for a in action.flatten().tolist()],
                           prompts=[image for image in names for _ in range(G)],
                           label=[classes[y] for y in label.tolist() for _ in range(G)])
         return torch.tensor(scores, device=action.device).view(action.shape)
-    return reward_of
+    return users_reward
 
 
 @torch.no_grad()
@@ -77,7 +69,7 @@ def pick_reward(name, args, data, start, device):
     """The reward of that name with the flags of args; the similarity is that of the start's features."""
     if name in (*rewards.TASKS["box"], *rewards.TASKS["mask"]):
         return lambda answer, target, probability, names: getattr(rewards, name)(answer, target)
-    n_classes, similarity = len(data.classes), None
+    n_classes = len(data.classes)
     if name == "topk" and not 1 <= args.topk <= n_classes:
         die(f"--topk {args.topk}: wanted 1 to {n_classes}, the number of classes")
     if name in ("topk", "smooth"):
@@ -86,8 +78,12 @@ def pick_reward(name, args, data, start, device):
             features.append(start.features(images.to(device)))
             labels.append(label.to(device))
         similarity = rewards.class_similarity(torch.cat(features), torch.cat(labels), n_classes)
-    return class_reward(name, data.classes, similarity, topk=args.topk, margin_alpha=args.margin_alpha,
-                        tau=args.tau)
+    return class_reward(name, {
+        "bandit": lambda action, label, probability: rewards.bandit(action, label),
+        "topk": lambda action, label, probability: rewards.topk(action, label, similarity, args.topk),
+        "margin": lambda action, label, p: rewards.margin(action, label, p, args.margin_alpha),
+        "smooth": lambda action, label, probability: rewards.smooth(action, label, similarity, args.tau),
+    }, data.classes)
 
 
 # ---- the start, trained with a few labels ----

@@ -3,8 +3,7 @@
 LlamaGen (arXiv:2406.06525) draws an image as T codes of a frozen tokenizer. GRPO (arXiv:2402.03300) compares
 G images of a class. Without --vq-ckpt and --data-path the run is on digits, whose models it trains first.
 A flag that is None takes a value of LlamaGen's or of the digits (vision/c2i/models.py). The banners are those
-of train_grpo.py, in the same order. Left out: text prompts, averaged weights, schedules.
-Run: python -m vision.c2i_grpo
+of train_grpo.py, in the same order. Left out: text prompts, schedules. Run: python -m vision.c2i_grpo
 """
 import copy
 import os
@@ -19,7 +18,7 @@ import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint, dist, guard, ranks
-from utils.cli import AtLeast, Interrupt, die, need, parse, resume_command
+from utils.cli import INPUTS, AtLeast, Interrupt, die, need, parse, resume_command
 from utils.device import peak_mem_mb, write_run_record
 from utils.log import SHARED, Log, add
 from utils.run import step_generator
@@ -123,7 +122,7 @@ def step_optimizer(step, args, policy, optimizer, scaler, loss):
 
 def save(args, policy, optimizer, counts, arguments):
     dist.save(f"{args.out}/{counts['step']:07d}", policy, optimizer, in_shards=args.ckpt_sharded, **counts,
-              args=arguments)
+              args=arguments, inputs=dict(INPUTS))
 
 
 def open_log(args, total, start):
@@ -138,7 +137,9 @@ def open_log(args, total, start):
 
 
 def log_picture(args, log, step, images):
-    """Writes the first images of a rollout as a PNG, a line a class; W&B gets it too."""
+    """Every so many steps: the first images of a rollout as a PNG, a line a class; W&B gets it too."""
+    if ranks.rank() or not args.log_image_every or step % args.log_image_every:
+        return
     path = picture(f"{args.out}/samples/{step:07d}.png", images[:8 * args.group_size],
                    rows=min(8, args.sample_batch_size))
     if args.track == "wandb":
@@ -173,6 +174,7 @@ def main(args):
                                   weight_decay=args.weight_decay)
     counts = {"step": 0, "seconds": 0.0, "samples": 0}
     if args.resume:
+        guard.same_inputs(state.get("inputs", {}), folder)
         dist.load(folder, policy, optimizer)
         counts = {name: state[name] for name in counts}
     start = counts["step"]
@@ -245,8 +247,7 @@ def main(args):
         if measures or step % args.log_every == 0:
             log.write(**counts | {"step": step}, sampling_s=sampling_s, peak_mem_mb=peak_mem_mb(device),
                       **numbers, **measures)
-        if rank == 0 and args.log_image_every and step % args.log_image_every == 0:
-            log_picture(args, log, step, images)
+        log_picture(args, log, step, images)
         if stop:
             save(args, policy, optimizer, counts, arguments)
             interrupt.leave(resume_command())

@@ -34,10 +34,7 @@ class SmallCNN(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A network whose last linear layer gives the logits. It stays in eval mode, as RL needs it.
-
-    So BatchNorm uses its frozen statistics and dropout is off, and KL at step 0 is 0.
-    """
+    """A network whose last linear layer gives the logits. It stays in eval mode, so KL at step 0 is 0."""
 
     def __init__(self, net, n_classes):
         super().__init__()
@@ -66,18 +63,6 @@ class Classifier(nn.Module):
         self(images)
         hook.remove()
         return head_inputs[0].float()
-
-    @torch.no_grad()
-    def calibrate(self, batches):
-        """Sets BatchNorm's statistics from images, once, before training: random weights have none."""
-        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
-            norm.train()
-        for images in batches if norms else ():
-            self.net(images)
-        self.eval()
 
 
 def build(name, n_classes, weights):
@@ -121,12 +106,10 @@ def is_ours(path):
 
 def load_weights(model, name, path):
     """Fills model from a checkpoint of cnn_grpo.py or a state dict; a head of other classes stays new."""
-    if not Path(path).is_file():
-        die(f"--weights {path}: no such file. Wanted default, none, or a file of weights.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        die(f"--weights {path} can't be read ({type(error).__name__}): wanted what torch.save writes")
+        die(f"--weights {path} can't be read ({type(error).__name__}): wanted default, none, or a state dict")
     if isinstance(content, dict) and content.get("format") == FORMAT:
         made_for = content.get("config", {}).get("model")
         if content.get("kind") != "classifier" or made_for != name:
@@ -163,8 +146,7 @@ def yolo(name, weights):
 def published_yolo(path):
     """The network in a file of ultralytics. Such a file pickles classes: torch.nn's and its own may load."""
     if not Path(path).is_file():
-        die(f"--weights default: no {path} here. Fetch it from the releases of ultralytics/assets on GitHub, "
-            "or give --weights none or --weights FILE.pt")
+        die(f"--weights: no {path} here: fetch it from ultralytics/assets on GitHub, or give --weights none")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         foreign = [n for n in names if not n.startswith(("torch.nn.modules.", "ultralytics.nn."))]

@@ -3,8 +3,7 @@
 One forward pass gives all of an image's G answers. The actions can be enumerated, so the KL is exact
 (arXiv:2402.03300 samples it). benchmarks/exact.py compares with the exact policy gradient.
 The banners of the loop are those of train_grpo.py, in the same order.
-Left out: several updates a rollout, several processes.
-Run: python -m vision.cnn_grpo
+Left out: several updates a rollout, several processes. Run: python -m vision.cnn_grpo
 """
 import copy
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils.cli import AtLeast, die, parse
-from utils.device import pick_device, write_run_record
+from utils.device import pick_device
 from utils.log import SHARED
 from utils.run import Run, step_generator
 from vision.bandit import (
@@ -81,15 +80,14 @@ def load(args, device):
     digits, yolo = args.data_root == "digits", args.model.startswith("yolov8")
     size = 32 if digits or args.data_root == "cifar100" else 224
     size = 8 if digits and args.model == "small" else size
-    # yolov8-cls was trained on images in 0 … 1
-    data = load_classes(args.data_root, args.img_size or size, normalise=not yolo)
+    data = load_classes(args.data_root, args.img_size or size, normalise=not yolo)  # yolov8: in 0 … 1
     data.val = data.val.sample(args.eval_images, step_generator(0, 0))
     torch.manual_seed(args.seed)
     policy = build(args.model, len(data.classes), args.weights).to(device)
     from_file = args.weights not in ("default", "none")  # such weights are trained already
     reading = {"num_workers": args.num_workers, "bad_images": args.bad_images}
-    if args.weights == "none" or args.model == "small" and not from_file:
-        policy.calibrate(x.to(device) for x, *_ in batches(data.train, 32, args.seed, 0, 8, **reading))
+    if args.weights == "none" or args.model == "small" and not from_file:  # BatchNorm has no statistics yet
+        torch.optim.swa_utils.update_bn(batches(data.train, 32, args.seed, 0, 8, **reading), policy, device)
     few = 3 if digits and not from_file else 0
     few = few if args.sft_images is None else args.sft_images
     if few:
@@ -136,11 +134,10 @@ def main(args):
     state = run.hold({"classes": data.classes}, counts={"best": -1.0}, writes=[best_file],
                      model=policy, ref=ref, optimizer=optimizer)
     if state and state["classes"] != data.classes:
-        die(f"--resume: the classes of {args.data_root} are not those of {args.out}/state.pth: give the same "
-            "images, or start anew without --resume")
+        die(f"--resume: {args.data_root} has other classes than {args.out}/state.pth: give the same images")
     reward_of = pick_reward(args.reward, args, data, ref, device)
-    before, guess_before = evaluate(ref, ref, data, reward_of, args, device)
-    run.record["before"] = before
+    before = evaluate(ref, ref, data, reward_of, args, device)
+    run.record["before"] = before[0]
     about = {"classes": data.classes, "config": asdict(args)}
 
     loader = batches(data.train, args.batch_size, args.seed, run.start, args.steps, args.num_workers,
@@ -190,12 +187,11 @@ def main(args):
         run.write(samples=action.numel(), mean_r=reward.mean(), kl=kl, entropy=entropy(logp_all).mean(),
                   token_adv=adv.abs().mean(), aux_ce=ce, frac_zero_std=frac_zero_std(reward), **held_out)
 
-    after, guess_after = evaluate(policy, ref, data, reward_of, args, device)
-    keep_best(run, policy, best_file, "classifier", after, "top1", **about)
+    after = evaluate(policy, ref, data, reward_of, args, device)
+    keep_best(run, policy, best_file, "classifier", after[0], "top1", **about)
     run.save(args.steps)  # again, with the number of the best policy
-    run.finish(**after)
-    write_run_record(args.log, args, device=str(device), dtype=run.dtype, **run.record, after=after)
-    report(args, data, {"before": (before, guess_before), "after": (after, guess_after)},
+    run.finish(**after[0])
+    report(run, data, before, after,
            {"top1": "top-1", "top5": "top-5", "eval_r": f"reward ({args.reward})", "eval_kl": "KL, nats"},
            ["mean_r", "top1", "kl", "entropy"], [best_file])
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+from utils import guard
 from utils.cli import die, impatient, need
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -80,8 +81,7 @@ def batches(data, batch_size, seed=0, start=0, steps=None, num_workers=0, bad_im
     for images, targets, names, bad in loader:
         for path, error in bad:
             if bad_images == "refuse":
-                die(f"{path}: not readable as an image ({error}). Mend or remove it, or give --bad_images "
-                    "skip")
+                die(f"{path} isn't readable ({error}): mend it, remove it, or give --bad_images skip")
             data.skipped.add(path)
         if names:
             yield images, targets, names
@@ -123,22 +123,18 @@ def load_classes(root, size, normalise=True):
     (classes, *train), (val_classes, *val) = (class_files(folder) for folder in split_folders(root))
     if classes != val_classes:
         unpaired = sorted(set(classes) ^ set(val_classes))
-        die(f"{root}: the two parts' classes differ, only one has {', '.join(unpaired[:5])}: wanted the same "
-            "folders in both")
+        die(f"{root}: the parts' classes differ in {', '.join(unpaired[:5])}: wanted the same in both")
     train, val = (Images(files, labels, files, read) for files, labels in (train, val))
     return Data(train, val, classes, True, normalise)
 
 
 def split_folders(root):
-    root = Path(root)
-    if not root.is_dir():
-        die(f"--data_root {root}: no such folder. Wanted one with train/ and val/ (or eval/), or `digits`.")
-    val = root / "val" if (root / "val").is_dir() or not (root / "eval").is_dir() else root / "eval"
-    for folder in (root / "train", val):
+    train, val, other = (Path(root, name) for name in ("train", "val", "eval"))
+    val = other if other.is_dir() and not val.is_dir() else val
+    for folder in (train, val):
         if not folder.is_dir():
-            names = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
-            die(f"--data_root {root} has no {folder.name}/ ({names}): wanted train/ and val/ (or eval/)")
-    return root / "train", val
+            die(f"{folder}: no such folder. Wanted train/ and val/ (or eval/) in --data_root or --data_path")
+    return train, val
 
 
 def class_files(folder):
@@ -153,6 +149,7 @@ def class_files(folder):
     by_class = dict(sorted(zip(names, (files_below(path) for path in paths))))
     if empty := [name for name, files in by_class.items() if not files]:
         die(f"{folder} has no images of {', '.join(empty[:5])}: wanted some in every class's folder")
+    guard.note(f"list of images in {folder}", "\n".join(sum(by_class.values(), [])))
     if len(names) < 2:
         die(f"{folder} has {len(names)} class folder: wanted at least 2")
     labels = [torch.tensor(i) for i, files in enumerate(by_class.values()) for _ in files]
@@ -169,16 +166,12 @@ def files_below(folder, kinds=KINDS):
     return sorted(paths)
 
 
-def read_class(size, normalise, path, label):
-    """As ImageNet's evaluation: the shorter side to size·256/224, then the centre."""
-    return to_tensor(centre(open_rgb(path), round(size * 256 / 224), size), normalise), label
-
-
-def centre(image, shorter, size, interpolation="bilinear"):
-    """A PIL image's shorter side to `shorter` pixels, then the size × size in its centre, by torchvision."""
+def read_class(size, normalise, path, label, shorter=None, by="bilinear"):
+    """As ImageNet's evaluation: the shorter side to `shorter`, or size·256/224, then the centre."""
     transforms = need("torchvision.transforms.functional", "vision")
-    image = transforms.resize(image, shorter, transforms.InterpolationMode(interpolation))
-    return transforms.center_crop(image, size)
+    image = transforms.resize(open_rgb(path), shorter or round(size * 256 / 224),
+                              transforms.InterpolationMode(by))
+    return to_tensor(transforms.center_crop(image, size), normalise), label
 
 
 def open_upright(source):
@@ -196,8 +189,7 @@ def open_upright(source):
 def open_rgb(source):
     """The same as RGB, on white where it is transparent.
 
-    16-bit pixels are scaled from 0 … 65535, floats from 0 … 1. 32-bit integers are 0 … 255. What can't be
-    decided raises ValueError.
+    16-bit pixels are 0 … 65535, floats 0 … 1, 32-bit integers 0 … 255. Others raise ValueError.
     """
     image = open_upright(source)
     if image.mode[0] in "IF":
@@ -205,8 +197,7 @@ def open_rgb(source):
         is_16_bit = image.mode != "I" or image.format in ("PNG", "PPM")
         top = 1 if image.mode == "F" else 65535 if is_16_bit else 255
         if not 0 <= values.min() <= values.max() <= top or "transparency" in image.info:
-            raise ValueError(f"{values.dtype} from {values.min()} to {values.max()}: wanted 0 … {top}, none "
-                             "transparent")
+            raise ValueError(f"pixels {values.min()} to {values.max()}: wanted 0 … {top}, none transparent")
         image = Image.fromarray((values / top * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -220,9 +211,9 @@ def to_tensor(image, normalise=True):
     return standard(x) if normalise else x
 
 
-def standard(x, inverse=False):
-    """ImageNet's normalisation of (…, 3, H, W), or back."""
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+def standard(x, inverse=False, numbers=(IMAGENET_MEAN, IMAGENET_STD)):
+    """(x − mean) / std of (…, 3, H, W), or back."""
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in numbers)
     return x * std + mean if inverse else (x - mean) / std
 
 
@@ -237,14 +228,14 @@ def digit_arrays(seed=0):
     return {name: (images[part], labels[part]) for name, part in parts.items()}
 
 
-def digits(size=8, channels=3):
+def digits(size=8):
     """scikit-learn's digits, scaled to size × size. The split is the same in every run."""
     def part(name):
         images, labels = digit_arrays()[name]
         if size != 8:
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
         names = [f"{name}/{i}" for i in range(len(labels))]
-        return Images(images.expand(-1, channels, -1, -1), labels, names)
+        return Images(images.expand(-1, 3, -1, -1), labels, names)
     return Data(part("train"), part("test"), [str(i) for i in range(10)])
 
 
@@ -257,13 +248,8 @@ def cifar100(size=32, normalise=True):
         with impatient():
             parts = [datasets.CIFAR100(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        die(f"CIFAR-100 isn't at {root}/cifar-100-python and can't be downloaded ({type(error).__name__}): "
-            "put the unpacked folder there, or name an image folder")
-    read = functools.partial(read_cifar, size, normalise)
+        die(f"no {root}/cifar-100-python, and it can't be downloaded ({type(error).__name__}): put it there")
+    read = functools.partial(read_class, size, normalise, shorter=size, by="bicubic")
     train, val = (Images([Image.fromarray(x) for x in part.data], torch.tensor(part.targets),
                          [f"cifar100/{i}" for i in range(len(part))], read) for part in parts)
     return Data(train, val, parts[0].classes, True, normalise)
-
-
-def read_cifar(size, normalise, image, label):
-    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC), normalise), label

@@ -13,41 +13,34 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from utils import guard
 from utils.cli import die
 from vision.data import (
     Data, Images, digit_arrays, files_below, open_rgb, open_upright, split_folders, to_tensor)
 
 
-def digit_scenes(n, size=32, digits=1, seed=0, split="train", sides=(0.35, 0.65)):
-    """n grey canvases with `digits` digits each, at random places and sizes that don't overlap.
+def digit_scenes(n, size=32, seed=0, split="train", sides=(0.35, 0.65)):
+    """n black canvases with a digit each, at a random place and size.
 
-    -> images (n, 1, size, size) in 0 … 1, labels (n, digits), boxes (n, digits, 4) in pixels (x1, y1, x2, y2,
-    the far edges exclusive), masks (n, digits, size, size). The digits are those of `split`, so that no test
-    digit is in a training scene. sides: the least and greatest side of a digit, as shares of the canvas.
+    -> images (n, 1, size, size) in 0 … 1, labels (n,), boxes (n, 4) in pixels (x1, y1, x2, y2, the far edges
+    exclusive), masks (n, size, size). sides: a digit's least and greatest side, as shares of the canvas.
     """
     stock, stock_labels = digit_arrays()[split]
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
-    images = torch.zeros(n, 1, size, size)
-    masks = torch.zeros(n, digits, size, size, dtype=torch.bool)
-    labels, boxes = torch.zeros(n, digits, dtype=torch.long), torch.zeros(n, digits, 4)
+    images, masks = torch.zeros(n, 1, size, size), torch.zeros(n, size, size, dtype=torch.bool)
+    labels, boxes = torch.zeros(n, dtype=torch.long), torch.zeros(n, 4)
     for i in range(n):
-        for k in range(digits):
-            for attempt in range(100):
-                u = torch.rand(4, generator=generator)
-                side = round(size * (sides[0] + (sides[1] - sides[0]) * u[0].item()))
-                x, y = (int(v * (size - side + 1)) for v in u[1:3].tolist())
-                if not images[i, 0, y:y + side, x:x + side].any():
-                    break
-            else:
-                die(f"{digits} digits of {sides[0]:.0%} to {sides[1]:.0%} of a side don't fit a scene")
-            index = int(u[3] * len(stock))
-            digit = F.interpolate(stock[index:index + 1], (side, side), mode="bilinear")[0, 0]
-            ink = digit > 0.3
-            images[i, 0, y:y + side, x:x + side] += digit
-            masks[i, k, y:y + side, x:x + side] = ink
-            rows, columns = ink.any(1).nonzero(), ink.any(0).nonzero()
-            boxes[i, k] = torch.tensor([x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1])
-            labels[i, k] = stock_labels[index]
+        u = torch.rand(4, generator=generator)
+        side = round(size * (sides[0] + (sides[1] - sides[0]) * u[0].item()))
+        x, y = (int(v * (size - side + 1)) for v in u[1:3].tolist())
+        index = int(u[3] * len(stock))
+        digit = F.interpolate(stock[index:index + 1], (side, side), mode="bilinear")[0, 0]
+        ink = digit > 0.3
+        images[i, 0, y:y + side, x:x + side] = digit
+        masks[i, y:y + side, x:x + side] = ink
+        rows, columns = ink.any(1).nonzero(), ink.any(0).nonzero()
+        boxes[i] = torch.tensor([x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1])
+        labels[i] = stock_labels[index]
     return images, labels, boxes, masks
 
 
@@ -61,7 +54,7 @@ def load_regions(task, root, size):
     if root == "digits":
         def part(n, split):
             images, _, boxes, masks = digit_scenes(n, size, split=split)
-            targets = boxes[:, 0] / size if task == "box" else masks[:, 0].long()
+            targets = boxes / size if task == "box" else masks.long()
             return Images(images.expand(-1, 3, -1, -1), targets, [f"{split}/{i}" for i in range(n)])
         return Data(part(2000, "train"), part(500, "test"))
     collect, read = (coco_boxes, read_box) if task == "box" else (mask_files, read_mask)
@@ -79,6 +72,7 @@ def coco_boxes(folder):
     if len(files) != 1:
         die(f"{folder} holds {len(files)} JSON files: wanted one, COCO's, beside the images")
     file, largest, left_out, every = Path(files[0]), {}, 0, []
+    guard.note(f"file {file}", file)
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
         images = {image["id"]: (str(file.parent / image["file_name"]), float(image["width"]),
@@ -137,6 +131,7 @@ def mask_files(folder):
             die(f"{image} has no mask: wanted {Path(mask).name} beside it, its foreground not black")
     if not images:
         die(f"{folder} has no images: wanted NAME.jpg (or .png) with NAME_mask.png beside each")
+    guard.note(f"list of images in {folder}", "\n".join(images))
     return images, masks
 
 

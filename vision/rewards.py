@@ -1,8 +1,7 @@
 """The rewards of an answer about an image: pure functions on tensors, (B, G, …) -> (B, G).
 
-A reward that is the same for every answer of a group has advantage 0 and teaches nothing. Two usual ones are
-such: "is the label among the policy's k best" and "by how much does the label's logit lead". They depend on
-the image alone. So here every reward depends on the action that was *sampled*, and on the label.
+A reward that is the same for all answers of a group teaches nothing: "is the label among the policy's k best"
+is such a one. So here every reward depends on the action that was *sampled*, and on the label.
 """
 import torch
 

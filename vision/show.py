@@ -5,20 +5,23 @@ from pathlib import Path
 import torch
 
 from utils.cli import atomic_write
+from utils.device import write_run_record
 from vision.data import batches, standard
 
 
-def report(args, data, results, columns, panels, made):
-    """Prints the table, writes figure and picture beside the CSV.
+def report(run, data, before, after, columns, panels, made):
+    """Writes the record, prints a table, writes figure and picture beside the CSV.
 
-    results: {"before": (numbers, answers), "after": …}. columns: {number: title} of the table. panels: the
-    CSV's columns in the figure, none for no figure. made: what else the run wrote. The picture shows the
-    first held-out images, which nobody chose.
+    before, after: numbers and answers. columns: {number: title} of the table. panels: the CSV's columns in
+    the figure, none for no figure. made: what else was written. The picture is of the first held-out images.
     """
     from rich.console import Console
     from rich.table import Table
 
     from utils.figure import plot_panels
+    args, results = run.args, {"before": before, "after": after}
+    record = run.record | {name: row for name, (row, _) in results.items()}
+    write_run_record(args.log, args, device=str(run.device), dtype=run.dtype, **record)
     table = Table(f"{len(data.val)} held-out images", *columns.values())
     for name, (row, _) in results.items():
         table.add_row(name, *(f"{row[key]:.3f}" for key in columns))
@@ -39,8 +42,7 @@ def grid(path, images, truth, rows, names=None):
     """Writes a PNG, atomically, with a row of images for each entry of rows ({"before": …, "after": …}).
 
     images (n, 3, H, W) in 0 … 1. truth and every value of rows hold n answers of one kind: class indices (n,)
-    with their `names`, boxes (n, 4) as shares of the sides, or masks (n, H, W) of 0 and 1. A class caption is
-    green where it is right, else red. The true box or outline is green, the answer is red.
+    with their `names`, boxes (n, 4) as shares of the sides, or masks (n, H, W). Green is true, red is wrong.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

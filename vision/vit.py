@@ -39,26 +39,20 @@ class ViTConfig:
         return {"class": self.n_classes, "box": self.bins, "mask": 2}[self.task]
 
 
-class Dropout(nn.Module):
+def dropout(x, p, generator):
     """x·m / (1 − p), with one Bernoulli(1 − p) m a number, from the generator; without one x itself."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x, generator):
-        if generator is None or self.p == 0:
-            return x
-        mask = torch.rand(x.shape, generator=generator, device=x.device) >= self.p
-        return x * mask / (1 - self.p)
+    if generator is None or p == 0:
+        return x
+    mask = torch.rand(x.shape, generator=generator, device=x.device) >= p
+    return x * mask / (1 - p)
 
 
 class Block(nn.Module):
     """Attention, then an MLP, each with a norm before and dropout after it (arXiv:2010.11929, eq. 2, 3)."""
 
-    def __init__(self, width, heads, dropout):
+    def __init__(self, width, heads, p):
         super().__init__()
-        self.heads, self.dropout = heads, Dropout(dropout)
+        self.heads, self.p = heads, p
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -68,18 +62,17 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(N, L, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, D / heads) each
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, L, D)
-        x = x + self.dropout(self.out(attended), generator)
-        return x + self.dropout(self.mlp(self.norm2(x)), generator)
+        x = x + dropout(self.out(attended), self.p, generator)
+        return x + dropout(self.mlp(self.norm2(x)), self.p, generator)
 
 
 class ViT(nn.Module):
     """vit(images, seed=None): (N, C, H, W) -> logits (N, T, V); the seed is that of the dropout masks.
 
-    The same seed, with the same images in the same order, is the same network. Another seed is another one.
-    None is the mean network, without dropout, for evaluation. Each row of the batch has masks of its own, so
-    an image repeated G times is answered by G networks. A label and a box are read from T learnt tokens in
-    front of the patches: ViT's class token, or four of them. A mask is read from the patches' own tokens.
-    Sizes that don't divide, or a dropout that is no share, end the run with a message.
+    The same seed, with the same images in the same order, is the same network. None is the mean network,
+    without dropout, for evaluation. Each row of the batch has masks of its own, so an image repeated G times
+    is answered by G networks. A label and a box are read from T learnt tokens in front of the patches: ViT's
+    class token, or four of them. A mask is read from the patches' own tokens.
     """
 
     def __init__(self, config):
@@ -93,7 +86,6 @@ class ViT(nn.Module):
         self.embed = nn.Linear(c.channels * c.patch ** 2, c.width)
         self.answer = nn.Parameter(torch.randn(self.front, c.width) * 0.02)
         self.position = nn.Parameter(torch.randn(self.front + patches, c.width) * 0.02)
-        self.dropout = Dropout(c.dropout)
         self.blocks = nn.ModuleList([Block(c.width, c.heads, c.dropout) for _ in range(c.depth)])
         self.norm = nn.LayerNorm(c.width)
         self.head = nn.Linear(c.width, c.choices * (c.patch ** 2 if c.task == "mask" else 1))
@@ -104,7 +96,7 @@ class ViT(nn.Module):
         generator = None if seed is None else torch.Generator(images.device).manual_seed(seed)
         x = self.embed(F.unfold(images, c.patch, stride=c.patch).transpose(1, 2))  # (N, patches, width)
         x = torch.cat([self.answer.expand(len(x), -1, -1).to(x.dtype), x], 1)
-        x = self.dropout(x + self.position, generator)
+        x = dropout(x + self.position, c.dropout, generator)
         for block in self.blocks:
             x = block(x, generator)
         return self.norm(x[:, :self.front] if self.front else x)

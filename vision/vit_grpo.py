@@ -4,8 +4,7 @@ Each answer has a dropout mask of its own (MC dropout, arXiv:1506.02142). The dr
 Masks have a fixed distribution, so the gradient is that of log π(answer | mask). The update replays the mask
 from its seed, so the first ratio is exactly 1. The KL is exact given the mask, by enumeration. It is an upper
 bound of the KL between the policies averaged over masks (convexity).
---draw argmax takes a pass's most likely answer. The probability of that answer is the share of masks that
-lead to it, and log π(answer | mask) is not: the gradient is biased.
+--draw argmax takes a pass's most likely answer, which depends on the mask alone: the gradient is biased.
 Left out: several updates a rollout, several processes, several boxes an image, a reward for each pixel.
 Run: python -m vision.vit_grpo --task class (or box, or mask)
 """
@@ -20,7 +19,7 @@ import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils.cli import AtLeast, die, parse
-from utils.device import pick_device, write_run_record
+from utils.device import pick_device
 from utils.log import SHARED, open_tracker
 from utils.run import Run, step_generator
 from vision import rewards
@@ -178,8 +177,8 @@ def main(args):
     best_file = f"{args.out}/best_vit_{args.task}_grpo.pt"
     run.hold(about, counts={"best": -1.0}, writes=[best_file], model=policy, ref=ref, optimizer=optimizer)
     reward_of = pick_reward(reward_name, args, data, ref, device)
-    before, first_before = evaluate(ref, ref, data, reward_of, args, run)
-    run.record["before"] = before
+    before = evaluate(ref, ref, data, reward_of, args, run)
+    run.record["before"] = before[0]
 
     loader = batches(data.train, B, args.seed, run.start, args.steps, args.num_workers, args.bad_images)
     for step, (images, target, names) in zip(run.steps(), loader):
@@ -229,12 +228,11 @@ def main(args):
         run.write(samples=len(action), mean_r=reward.mean(), kl=kl, entropy=entropy(logq).mean(),
                   token_adv=adv.abs().mean(), aux_ce=ce, frac_zero_std=frac_zero_std(reward), **held_out)
 
-    after, first_after = evaluate(policy, ref, data, reward_of, args, run)
-    keep_best(run, policy, best_file, "vit", after, metric, **about)
+    after = evaluate(policy, ref, data, reward_of, args, run)
+    keep_best(run, policy, best_file, "vit", after[0], metric, **about)
     run.save(args.steps)  # again, with the number of the best policy
-    run.finish(**after)
-    write_run_record(args.log, args, device=str(device), dtype=run.dtype, **run.record, after=after)
-    report(args, data, {"before": (before, first_before), "after": (after, first_after)},
+    run.finish(**after[0])
+    report(run, data, before, after,
            {metric: f"{metric}, dropout off", "eval_r": f"reward ({reward_name})", "eval_kl": "KL, nats"},
            ["mean_r", metric, "kl", "entropy"], [best_file])
 

@@ -20,7 +20,7 @@ import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint, guard
-from utils.cli import AtLeast, Interrupt, die, need, parse, resume_command
+from utils.cli import INPUTS, AtLeast, Interrupt, die, need, parse, resume_command
 from utils.device import peak_mem_mb, pick_device, rank, world, write_run_record
 from utils.log import SHARED, Log
 from utils.rewards import load_reward
@@ -126,7 +126,7 @@ class Progress:
         if rank():  # rank 0 writes for all
             return
         checkpoint.write(f"{self.args.out}/state.pth", "state", step=step, seconds=self.seconds,
-                         args=asdict(self.args), threads=torch.get_num_threads(),
+                         args=asdict(self.args), inputs=dict(INPUTS),
                          **{name: part.state_dict() for name, part in parts.items()})
 
     def evaluate(self, model):
@@ -242,6 +242,8 @@ def main(args):
     path = args.model or f"{args.out}/start"
     processor = models.load_processor(path) if args.model else models.tiny_processor()
     train, held_out = load_data(args, processor)
+    if state:
+        guard.same_inputs(state.get("inputs", {}), results[0])
     scorer = Scorer(train, {name: getattr(args, name) for name in WEIGHTS},
                     load_reward(args.reward, ()) if args.reward else None)
     stem = args.log.removesuffix(".csv")

@@ -31,8 +31,7 @@ def load_data(args, is_digits, T):
         stem = f"{args.code_path}/imagenet{args.image_size}"
         numbers = range(len(list(Path(f"{stem}_codes").glob("[0-9]*.npy"))))
         if not numbers:
-            die(f"--code-path {args.code_path} has no {Path(stem).name}_codes/*.npy: write them with "
-                "--extract-codes DIR")
+            die(f"no {stem}_codes/*.npy: write them with --extract-codes DIR, or mend --code-path")
         read = functools.partial(read_codes, stem, T, args.codebook_size, args.num_classes)
         return Images(numbers, numbers, numbers, read)
     if is_digits:
@@ -58,8 +57,7 @@ def open_saved(path, num_classes):
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
-        die(f"--data-path {path} can't be read as a data set ({why}): wanted a folder that "
-            "datasets.save_to_disk wrote")
+        die(f"--data-path {path} can't be read as a data set ({why}): wanted what save_to_disk wrote")
     if isinstance(data, dict) and "train" not in data:
         die(f"--data-path {path} has the splits {', '.join(data)}: wanted one called train")
     data = data["train"] if isinstance(data, dict) else data
@@ -139,15 +137,11 @@ def batches(data, batch_size, seed, start, steps, num_workers, rank, world):
 
 
 def write_codes(data, vq, args, device, rank, world):
-    """--extract-codes: for each image codes (1, 1, T) and label (1,). A process writes every world-th.
-
-    The two folders get their names when they are whole. What is there already is not overwritten.
-    """
+    """--extract-codes: codes (1, 1, T) and label (1,) of each image, in folders named when whole."""
     stems = [f"{args.extract_codes}/imagenet{args.image_size}_{part}" for part in ("codes", "labels")]
     for stem in stems:
         if Path(stem).exists():
-            die(f"--extract-codes: {stem} is there already, its files would mix with these: remove it, or name "
-                "another folder")
+            die(f"--extract-codes: {stem} is there already: remove it, or name another folder")
         if rank == 0:
             shutil.rmtree(f"{stem}.part", ignore_errors=True)
     first_on_rank_0(lambda: None)  # until rank 0 has cleared up

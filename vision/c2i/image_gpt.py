@@ -3,8 +3,7 @@
 LlamaGen (arXiv:2406.06525): Llama's blocks, rotary positions in two dimensions (RoPE, arXiv:2104.09864) and
 classifier-free guidance (CFG, arXiv:2207.12598). Parameter names are LlamaGen's, so its weights load.
 Slot 0 of the sequence holds the class, and slot 1 + t holds code t. The logits at slot t are those of code t.
-Left out: text conditions, several class slots, training with null labels, drop path.
-Run: python -m vision.c2i_grpo
+Left out: text conditions, several class slots, null labels in training. Run: python -m vision.c2i_grpo
 """
 import math
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ def rope_table(config, device=None):
 
     Pair k of the first half turns by the code's grid row times base^(-2k/(head_dim/2)), and the second half
     by its column in the same way. The class slot's cos and sin are 0, as in LlamaGen: its q and k vanish.
-    It is computed in each pass. As a buffer it would be rounded by a cast and left empty on the meta device.
+    It is no buffer, since a cast would round it.
     """
     grid, half = math.isqrt(config.block_size), config.head_dim // 2
     step = torch.arange(0, half, 2, dtype=torch.float32, device=device)
@@ -98,8 +97,7 @@ def rotate(x, rope):
 class Slots:
     """What the layers of a pass share: the rotations of its slots and, when sampling, the KV cache.
 
-    It is one object, since FSDP2 casts the float tensors among a block's arguments. That would round the
-    rotations and fill a copy of the cache.
+    It is one object: FSDP2 casts the tensors among a block's arguments, which would round and copy these.
     """
 
     def __init__(self, config, device, cached=False):
@@ -126,18 +124,6 @@ class Slots:
 
 
 # ---- layers ----
-class RMSNorm(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.dim))
-
-    def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -177,7 +163,8 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attention, self.feed_forward = Attention(config), FeedForward(config)
-        self.attention_norm, self.ffn_norm = RMSNorm(config), RMSNorm(config)
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x, slots):
         x = x + self.attention(self.attention_norm(x), slots)
@@ -196,7 +183,7 @@ class ImageGPT(nn.Module):
         self.cls_embedding = nn.ModuleDict({"embedding_table": classes})
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         for p in self.parameters():
             if p.dim() == 2:
@@ -206,8 +193,8 @@ class ImageGPT(nn.Module):
     def forward(self, codes, labels, slots=None):
         """codes (B, T), labels (B,) -> float32 logits (B, T + 1, V), those at t of code t; T: 0 … block_size.
 
-        The label num_classes is the null class. Sampling passes its slots. When they hold the class already,
-        `labels` is not read and the result is (B, T, V). ValueError on shapes; on a CPU also on ids.
+        The label num_classes is the null class. Sampling passes its slots: once they hold the class, `labels`
+        is not read and the result is (B, T, V). ValueError on shapes; on a CPU also on ids.
         """
         c = self.config
         slots = Slots(c, codes.device) if slots is None else slots
@@ -234,9 +221,8 @@ class ImageGPT(nn.Module):
         """G images for each of B labels: codes (B·G, T) int32, logp (B·G, T), kept (B·G, T, V) bool or None.
 
         T = block_size. The images of a label stand side by side, and its slot is prefilled once for all.
-        The order is guidance, temperature, top_k, top_p. kept is None where all codes may be drawn.
-        Draws are inverse-CDF on uniforms (B·G, T). logp is that of the distribution sampled from, so `score`
-        with the same settings and `kept` gives it again. ValueError on a setting or a label out of range.
+        kept is None where all codes may be drawn. Draws are inverse-CDF on uniforms (B·G, T). `score` with
+        the same settings and `kept` gives logp again. ValueError on a setting or a label out of range.
         """
         c, device, N = self.config, labels.device, len(labels) * group_size
         check_sampling(cfg_scale, temperature, top_k, top_p)

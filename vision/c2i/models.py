@@ -1,7 +1,7 @@
 """The presets, models and rewards of c2i_grpo.py, and what it measures on digits.
 
-The digits' tokenizer, GPT and two classifiers are trained here, once, and stay in the folder --out.
-Left out: LlamaGen's own training, perceptual rewards. Run: python -m vision.c2i_grpo
+The digits' models are trained here once, in --out. Left out: LlamaGen's own training, perceptual rewards.
+Run: python -m vision.c2i_grpo
 """
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,7 @@ def resolve(args):
         die(f"--{error}")
     factor, size = TOKENIZERS[args.vq_model].downsample, args.image_size
     batch = args.train_batch_size * args.gradient_accumulation_steps
-    refusals = {
+    refusals = {  # message: whether it applies
         f"--downsample-size {args.downsample_size}: --vq-model {args.vq_model} has {factor}":
             args.downsample_size != factor,
         f"--image-size {size} is no multiple of the downsample factor {factor}": size % factor,
@@ -184,8 +184,8 @@ def frechet(a, b):
 def judged(images, labels, judge):
     """-> {accuracy, diversity, frechet} of images (N, 3, H, W), labels (N,); the judge is never a reward.
 
-    The judge gives the accuracy and the features for the Fréchet distance to the training digits. Diversity
-    is the RMS difference of two images of a class, the mean over pairs, then over classes.
+    frechet is the distance to the training digits in the judge's features. diversity is the RMS difference
+    of two images of a class, the mean over pairs, then over classes.
     """
     spread = [F.pdist(images[labels == c].flatten(1)).mean() for c in labels.unique()]
     real = (digits(images.shape[-1]).images.to(images.device) + 1) / 2

@@ -1,9 +1,8 @@
 """From an image GPT's logits to codes and their log-probabilities: the one path of sampling and scoring.
 
 The order is LlamaGen's (arXiv:2406.06525): classifier-free guidance (CFG, arXiv:2207.12598), temperature,
-top-k, top-p. All of them belong to the policy, so scoring applies what sampling applied. With top-k or top-p
-the sampler returns the kept set. Every policy is scored on this one support, else a ratio could be infinite.
-Left out: samplers whose probabilities have no closed form, such as beam search.
+top-k, top-p. All of them belong to the policy, so scoring applies what sampling applied. Every policy is
+scored on the codes that top-k and top-p kept, else a ratio could be infinite. Left out: beam search.
 """
 import math
 
@@ -22,10 +21,7 @@ def check_sampling(cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def guided_steps(T, cfg_scale, cfg_interval):
-    """How many of T codes are guided: the prefill's first one and those of decode steps 0 … cfg_interval.
-
-    A negative cfg_interval means all, and cfg_scale <= 1 means none, as in LlamaGen.
-    """
+    """How many of T codes are guided: the first and those of decode steps 0 … cfg_interval (-1: all)."""
     if cfg_scale <= 1:
         return 0
     return T if cfg_interval < 0 else min(T, cfg_interval + 2)
@@ -80,9 +76,8 @@ def sample_forced(model, truth, labels, uniforms, cfg_scale=1.0, temperature=1.0
 def score(model, codes, labels, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, kept=None, context=None):
     """Log-probability of each code and the entropy at it: codes (B, T), labels (B,) -> two float32 (B, T).
 
-    kept (B, T, V): what `sample` or `draw` returned; every policy is scored on this one support.
-    context (B, T): the codes that the model reads, where these are not the scored ones (teacher forcing).
-    The entropy is that of the scored distribution and carries no gradient. model: as for guided_logits.
+    kept (B, T, V): what `sample` or `draw` returned. context (B, T): the codes that the model reads, where
+    these are not the scored ones (teacher forcing). The entropy has no gradient. model: see guided_logits.
     """
     context = codes if context is None else context
     logits = guided_logits(model, context[:, :-1], labels, cfg_scale, cfg_interval)

@@ -2,9 +2,8 @@
 
 LlamaGen (arXiv:2406.06525, section 3.1), after VQGAN (arXiv:2012.09841): a convolutional encoder, the nearest
 of a codebook of unit vectors, a convolutional decoder. Parameter names are LlamaGen's, so its weights load.
-Left out: the perceptual and adversarial losses (`loss` suffices for digits, not for photographs), and the
-codebook's entropy loss (its weight is 0 in LlamaGen). `codebook_used` is read but not kept up to date.
-Run: python -m vision.c2i_grpo
+Left out: the perceptual, adversarial and entropy losses (`loss` suffices for digits, not for photographs);
+`codebook_used` is read, but not kept up to date. Run: python -m vision.c2i_grpo
 """
 import argparse
 import math
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils import guard
 from utils.cli import die
 
 
@@ -81,10 +81,6 @@ def downsample(c):
     return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))  # right and bottom
 
 
-def upsample(c):
-    return chain(nearest=nn.Upsample(scale_factor=2.0), conv=conv3(c, c))
-
-
 class Level(nn.Module):
     """n_res residual blocks, attention behind each where it is wanted; then the grid's size may change."""
 
@@ -93,7 +89,9 @@ class Level(nn.Module):
         self.res = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(n_res))
         self.attn = nn.ModuleList(Attention(c_out) if attention else nn.Identity() for _ in range(n_res))
         self.downsample = downsample(c_out) if down else nn.Identity()
-        self.upsample = upsample(c_out) if up else nn.Identity()
+        self.upsample = nn.Identity()
+        if up:
+            self.upsample = chain(nearest=nn.Upsample(scale_factor=2.0), conv=conv3(c_out, c_out))
 
     def forward(self, x):
         for res, attn in zip(self.res, self.attn):
@@ -168,8 +166,8 @@ class VQModel(nn.Module):
         """images (B, 3, H, W) -> unit vectors (B, h, w, D), before the codebook."""
         step = self.config.downsample
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % step or images.shape[3] % step:
-            raise ValueError(f"images have shape {tuple(images.shape)}, not (B, 3, H, W) with H and W "
-                             f"multiples of {step}, the downsample factor")
+            raise ValueError(f"images have shape {tuple(images.shape)}: wanted (B, 3, H, W), multiples of "
+                             f"{step}, the downsample factor")
         return F.normalize(self.quant_conv(self.encoder(images)).permute(0, 2, 3, 1), dim=-1)
 
     def encode(self, images):
@@ -191,8 +189,7 @@ class VQModel(nn.Module):
     def loss(self, images, beta=0.25):
         """mean |x̂ - x|² + mean |sg(z) - q|² + β · mean |z - sg(q)|²: VQGAN's eq. 4, no perceptual part.
 
-        images (B, 3, H, W) -> scalar. x̂ = decode(z + sg(q - z)) is straight-through: the encoder gets the
-        decoder's gradient at q.
+        images (B, 3, H, W) -> scalar. x̂ = decode(z + sg(q - z)): the encoder gets the gradient at q.
         """
         z = self.embed(images)  # (B, h, w, D)
         with torch.no_grad():
@@ -213,9 +210,8 @@ def in_range(name, ids, n):
 def load_official(model, path):
     """Fills an ImageGPT or a VQModel from a file of LlamaGen's, or a folder's consolidated.pth -> the model.
 
-    The weights may lie bare or under a name of model.wrapping. An argparse.Namespace beside them is read and
-    dropped, and so are keys with a part in model.tolerated. A model on the meta device takes the file's
-    tensors and their dtype. A file that can't be read, or a key that doesn't fit: one line, exit code 2.
+    The weights may lie bare or under a name of model.wrapping. An argparse.Namespace beside them is dropped,
+    and so are keys with a part in model.tolerated. A model on the meta device takes the file's tensors.
     """
     path = Path(path)
     path = path / "consolidated.pth" if path.is_dir() else path
@@ -224,9 +220,9 @@ def load_official(model, path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        die(f"{path} can't be read as a checkpoint ({type(error).__name__}): empty, truncated, or it pickles "
-            "more than tensors, plain values and argparse.Namespace (torch.save its state dict alone).")
+    except Exception:  # on damaged bytes the unpickler raises nearly anything
+        die(f"{path} can't be read: empty, truncated, or more than tensors, plain values, argparse.Namespace")
+    guard.note(f"file {path}", path)
     content = content if isinstance(content, dict) else {type(content).__name__: content}
     wrapped = [content[name] for name in model.wrapping if isinstance(content.get(name), dict)]
     weights = wrapped[0] if wrapped else content

@@ -1,18 +1,17 @@
 """The data of clip_grpo.py: images as CLIP wants them, classes as words, measures on held-out images."""
 import functools
-import math
 import os
 import re
 import unicodedata
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from utils.cli import die, need
+from vision import rewards
 from vision.bandit import class_reward
 from vision.clip import model as clip_model
-from vision.data import batches, centre, load_classes, open_rgb, to_tensor
+from vision.data import batches, load_classes, read_class
 
 STARTS = "out/clip"  # the folder of the small CLIP's starts
 MEASURES = ["top1", "top5", "top1_other_templates", "top1_rotated"]  # on held-out images
@@ -29,9 +28,6 @@ def load(args):
     if dataset == "cifar100" and args.data_path:
         os.environ["NANOGRPO_DATA"] = args.data_path
     root = args.data_path or "data/imagenet" if dataset == "imagenet" else dataset
-    if is_folder and not Path(root).is_dir():
-        die(f"--dataset {dataset}: no folder {root}. Wanted digits, cifar100, imagenet "
-            "(with --data_path FOLDER) or a folder with train/ and val/, a folder a class in each")
     if args.model:
         model, config = clip_model.load_clip(args.model, args.weights, args.seed)
     else:
@@ -39,7 +35,8 @@ def load(args):
     size = config["image_resolution"]
     data = load_classes(root, size, normalise=False)
     if is_folder:
-        data.train.read = data.val.read = functools.partial(read_image, size)
+        as_clip_does = functools.partial(read_class, size, False, shorter=size, by="bicubic")
+        data.train.read = data.val.read = as_clip_does
     data.classes = class_words(data.classes, root, args.classnames)
     usual, other = clip_model.TEMPLATES, clip_model.OTHER_TEMPLATES
     if digits:
@@ -68,23 +65,15 @@ def class_words(classes, dataset, names_file=""):
     if wnids and len(wnids) == len(classes) == 1000:  # sorted they are in the order of ImageNet's class list
         return list(need("torchvision.models", "clip").ResNet50_Weights.DEFAULT.meta["categories"])
     if wnids:
-        die(f"{len(wnids)} of {len(classes)} folders are named as ImageNet's ({wnids[0]}): words are known "
-            "for all 1,000 only. Give --classnames FILE, a line FOLDER WORDS a class, as ImageNet's "
-            "LOC_synset_mapping.txt")
+        die(f"{len(wnids)} of {len(classes)} folders are ImageNet's ({wnids[0]}): words are known for 1,000 "
+            "only. Give --classnames FILE, lines FOLDER WORDS, as ImageNet's LOC_synset_mapping.txt")
     return [name.replace("_", " ") for name in classes]
-
-
-def read_image(size, path, label):
-    """As CLIP's own preprocessing: the shorter side to size, bicubic, then the centre; values 0 … 1."""
-    return to_tensor(centre(open_rgb(path), size, size, "bicubic"), normalise=False), label
 
 
 def rotated(images, degrees=25.0):
     """The images turned counter-clockwise about their centre. Outside of them it is black."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
-    return F.grid_sample(images, F.affine_grid(turn, list(images.shape), align_corners=False).to(images),
-                         align_corners=False)
+    transforms = need("torchvision.transforms.functional", "clip")
+    return transforms.rotate(images, degrees, transforms.InterpolationMode.BILINEAR)
 
 
 def reward_function(args, words, text):
@@ -92,7 +81,9 @@ def reward_function(args, words, text):
     similarity, C = text @ text.T, len(text)
     distance = (1 - similarity).sum() / (C * (C - 1))  # mean over pairs of classes
     tau = args.tau if args.tau is not None else distance / 10  # a miss at that distance earns e⁻¹⁰
-    return class_reward(args.reward, words, similarity, ("bandit", "smooth"), tau=tau)
+    return class_reward(args.reward, {
+        "bandit": lambda action, label, probability: rewards.bandit(action, label),
+        "smooth": lambda action, label, probability: rewards.smooth(action, label, similarity, tau)}, words)
 
 
 @torch.no_grad()

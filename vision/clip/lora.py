@@ -58,9 +58,7 @@ def add_lora(visual, r=8, alpha=16, dropout=0.05):
 
 def check_gradients(visual, images):
     """AssertionError unless every B gets a gradient. B starts at 0, so the gradient of A is still 0."""
-    features = visual(images)
-    direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
-    (features * direction.to(features)).sum().backward()
+    visual(images).square().sum().backward()
     adapters = {name: p for name, p in visual.named_parameters() if "lora_" in name}
     idle = [name for name, p in adapters.items() if p.grad is None or ("lora_B" in name and not p.grad.any())]
     visual.zero_grad(set_to_none=True)

@@ -4,7 +4,6 @@ A CLIP scores an image against every class's text (Radford et al., arXiv:2103.00
 is softmax(s·cos), which is the policy of clip_grpo.py. The network is openai-clip's clip.model.CLIP.
 Left out: other CLIPs' file layouts, images with their own captions. Run: python clip_grpo.py
 """
-import math
 import re
 import warnings
 import zipfile
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from utils import checkpoint
 from utils.cli import die, impatient, need
 from utils.run import step_generator
-from vision.data import digits, step_index
+from vision.data import digits, standard, step_index
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
 FIELDS = ("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size",
@@ -40,8 +39,7 @@ OTHER_DIGIT_TEMPLATES = ("the number {}, drawn with a pen.", "an image of a {}."
 
 
 def clip_package():
-    with warnings.catch_warnings():  # openai-clip imports pkg_resources, which warns
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):  # openai-clip imports pkg_resources, which warns
         return need("clip", "clip")
 
 
@@ -62,11 +60,8 @@ def load_clip(name, weights="openai", seed=0):
     return build(config_of(SIZES[name]))
 
 
-def build(config, state=None):
-    model = clip_package().model.CLIP(**config).float()
-    if state is not None:
-        model.load_state_dict(state)
-    return model.eval(), config
+def build(config):
+    return clip_package().model.CLIP(**config).float().eval(), config
 
 
 def download(name):
@@ -81,15 +76,10 @@ def download(name):
 
 
 def from_file(path):
-    """A JIT archive as OpenAI's, a state dict, or a file of clip_grpo.py -> CLIP, its config.
-
-    It is built in fp32 and then filled. openai-clip's build_model would round every weight to fp16.
-    """
+    """A JIT archive as OpenAI's, a state dict, or a file of clip_grpo.py -> CLIP in fp32, its config."""
     try:
-        archive = zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist())
-        if archive:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch.jit is deprecated, OpenAI's files are not
+        if zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist()):
+            with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, OpenAI's files are not
                 state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -97,32 +87,14 @@ def from_file(path):
         die(f"{path} can't be read as weights ({type(error).__name__}): empty, truncated or foreign")
     try:
         state = state["model"] if state.get("format") == checkpoint.FORMAT else state
-        numbers = ("input_resolution", "context_length", "vocab_size")
-        state = {name: value.float() for name, value in state.items() if name not in numbers}
-        return build(infer_config(state), state)
-    except (AttributeError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        state = {name: value.float() for name, value in state.items()}
+        model = clip_package().model.build_model(state).float()  # it reads the sizes, and rounds to fp16
+        model.load_state_dict(state)
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
         die(f"{path} holds no CLIP of OpenAI's layout ({type(error).__name__}: {reason}): wanted an official "
             "file, its state dict, or the policy.pth of clip_grpo.py")
-
-
-def infer_config(state):
-    """CLIP's arguments, from the shapes of its weights. A head is 64 wide."""
-    def blocks(prefix):
-        return len({m[1] for m in (re.match(re.escape(prefix) + r"(\d+)\.", k) for k in state) if m})
-    positions = math.isqrt(len(state["visual.positional_embedding" if "visual.proj" in state
-                                     else "visual.attnpool.positional_embedding"]) - 1)
-    if "visual.proj" in state:
-        width, patch = state["visual.conv1.weight"].shape[0], state["visual.conv1.weight"].shape[-1]
-        layers, resolution = blocks("visual.transformer.resblocks."), patch * positions
-    else:
-        width, patch = state["visual.layer1.0.conv1.weight"].shape[0], None
-        layers, resolution = tuple(blocks(f"visual.layer{i}.") for i in (1, 2, 3, 4)), 32 * positions
-    text_width = len(state["ln_final.weight"])
-    sizes = (state["text_projection"].shape[1], resolution, layers, width, patch,
-             text_width, text_width // 64, blocks("transformer.resblocks."))
-    config = config_of(sizes, len(state["positional_embedding"]))
-    return {**config, "vocab_size": len(state["token_embedding.weight"])}
+    return model, {"image_resolution": model.visual.input_resolution, "context_length": model.context_length}
 
 
 # ---- class texts ----
@@ -139,15 +111,13 @@ def text_features(model, words, templates):
     clip, total = clip_package(), 0.0
     for template in templates:
         if "{}" not in template:
-            die(f"the template {template!r} has no {{}}, where the class's name goes: wanted one such as "
-                "'a photo of a {}.'")
+            die(f"the template {template!r} has no {{}} for the class's name: wanted 'a photo of a {{}}.'")
         texts = [fill(template, word) for word in words]
         try:
             tokens = clip.tokenize(texts, model.context_length)
         except RuntimeError:
             longest = max(texts, key=len)
-            die(f"{longest[:60]!r} … is longer than the model's context of {model.context_length} tokens: "
-                "shorten the class's name or the template")
+            die(f"{longest[:60]!r} … is longer than the model's context of {model.context_length} tokens")
         device = model.logit_scale.device
         parts = [model.encode_text(rows) for rows in tokens.to(device).split(256)]
         total = total + F.normalize(torch.cat(parts).float(), dim=1)
@@ -157,16 +127,14 @@ def text_features(model, words, templates):
 # ---- images ----
 def normalise(images):
     """(x − mean) / std with CLIP's numbers, in fp32: (…, 3, H, W) in 0 … 1."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
-    return (images.float() - mean) / std
+    return standard(images.float(), numbers=(MEAN, STD))
 
 
 # ---- the small CLIP's start ----
 def digits_start(folder, seed=0, accuracy=0.72, max_steps=1000):
     """A small CLIP, trained by CLIP's contrastive loss on digits with captions, saved in `folder`.
 
-    It stops when its zero-shot accuracy on 512 of the training images reaches `accuracy`. Two images with
-    equal captions count as a pair, too: with ten digits a batch holds many of them.
+    It stops at that zero-shot accuracy on 512 training images. Two images of equal captions are a pair, too.
     """
     path = Path(folder) / f"start-s{seed}-{accuracy:g}.pth"
     if path.is_file():

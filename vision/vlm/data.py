@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from utils import guard
 from utils.cli import die
 from vision import rewards
 from vision.data import open_rgb, to_tensor
@@ -110,7 +111,7 @@ def scenes(n, seed, split, side=112):
     from PIL import Image
     images, labels, boxes, _ = digit_scenes(n, side, seed=seed, split=split, sides=(24 / 112, 44 / 112))
     return [{"image": Image.fromarray((image[0] * 255).byte().numpy()).convert("RGB"),
-             "prompt": f"where is the {label.item()}?", "solution": box[0].tolist(), "size": (side, side),
+             "prompt": f"where is the {label.item()}?", "solution": box.tolist(), "size": (side, side),
              "scales": (1.0, 1.0)} for image, label, box in zip(images, labels, boxes)]
 
 
@@ -132,6 +133,7 @@ def load_examples(path, root, processor):
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         die(f"{path} can't be read ({error}): wanted a JSON or JSONL file")
+    guard.note(f"file {path}", text)
     is_list = text.lstrip().startswith("[")
     rows = []
     for number, line in enumerate([text] if is_list else text.split("\n"), 1):
