@@ -537,7 +537,7 @@ def test_diversity_and_accuracy_by_hand():
     (["--gpt-ckpt", "none.pt"], "no checkpoint at none.pt"),
     (["--gpt-ckpt", "."], "is a folder: give --from-fsdp"),
     (["--gpt-ckpt", "none.pt", "--from-fsdp"], "is no folder: leave out --from-fsdp"),
-    (["--code-path", "none"], "no imagenet8_codes/*.npy"),
+    (["--code-path", "none"], "no none/imagenet8_codes/*.npy"),
 ], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
 def test_what_does_not_fit_is_one_line(capsys, words, said):
     refused(capsys, *SOME, *words, said=said)

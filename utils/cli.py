@@ -83,7 +83,7 @@ def parse(args_class, presets=None, default=None):
         at_least(args, **{name: mark.low for mark in getattr(hint, "__metadata__", ())
                           if isinstance(mark, AtLeast)})
     for name in ("out", "log"):
-        if not getattr(args, name, name):
+        if getattr(args, name, name) == "":
             die(f"--{name} is empty: wanted the name of a {'folder' if name == 'out' else 'file'}")
     if not 0 <= getattr(args, "seed", 0) <= 10**12:  # a million steps' generators must fit 64 bits
         die(f"--seed {args.seed}: wanted 0 to {10**12:,}")
