@@ -1,7 +1,8 @@
 """The answers of a training step, and the minibatches that its updates take.
 
 A step has B prompts and G answers to each. A process holds b of the prompts; one process holds all.
-Left out: answers of several turns. Run: python train_grpo.py
+Left out: answers of several turns.
+Run: python train_grpo.py
 """
 from dataclasses import dataclass, replace
 

@@ -3,7 +3,7 @@
 It shows one prompt as the model sees it, asks held-out questions, trains, and asks them again. Training is
 one command of this repository, which is printed. A second run reuses what is done, a broken one goes on.
 Left out: other tasks and models: that command takes them.
-Run: make llm (it brings the weights), or python llm_demo.py
+Run: python llm_demo.py (make llm brings the weights first)
 """
 import subprocess
 import sys

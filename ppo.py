@@ -102,7 +102,7 @@ def explained_variance(value, returns, mask):
 
 
 class ValueModel(nn.Module):
-    """The critic: a trunk of its own, of the policy's architecture, and a scalar head. tokens (N, T) -> V (N, T), float32.
+    """The critic: a trunk like the policy's and a scalar head. tokens (N, T) -> V (N, T), float32.
 
     V[:, t] has read tokens[:, :t + 1].
     """

@@ -1,6 +1,7 @@
 """What a run asks, and what an answer earns: a reward model's score, what a function says, a task's check.
 
-The reward model is a policy's trunk with one scalar a token (InstructGPT, arXiv:2203.02155). reward_model.py trains it.
+The reward model is a policy's trunk with one scalar a token (InstructGPT, arXiv:2203.02155). reward_model.py
+trains it.
 Left out: ensembles of reward models.
 Run: python reward_model.py
 """

@@ -89,8 +89,9 @@ def sample_pairs(policy, tokenizer, prompts, n, args, seed):
     index = torch.cat([torch.randperm(len(prompts.texts), generator=generator)
                        for _ in range(-(-n // len(prompts.texts)))])[:n]
     drawn = prompts.pick(index)
-    parts = [generate(policy, part.to(next(policy.parameters()).device), args.max_new, 2, stop=tokenizer.stops,
-                             generator=generator) for part in drawn.tokens.split(256)]
+    device = next(policy.parameters()).device
+    parts = [generate(policy, part.to(device), args.max_new, 2, stop=tokenizer.stops, generator=generator)
+             for part in drawn.tokens.split(256)]
     tokens = torch.cat([tokens for tokens, _, _ in parts]).cpu()
     mask = torch.cat([mask for _, _, mask in parts]).cpu()
     texts = completions(tokens[:, -args.max_new:], mask, tokenizer)

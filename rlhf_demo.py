@@ -69,8 +69,8 @@ def run(script, output, inputs, last_step, args, *flags):
         command.append("--overwrite")
     elif output.is_file():
         other = about.get("command", "another command")
-        die(f"{output} is not of this demo: `{other}` has made it. Move out/ and logs/ away, or give --fresh to "
-            "replace it")
+        die(f"{output} is not of this demo: `{other}` has made it. Move out/ and logs/ away, or give --fresh "
+            "to replace it")
     print(f"\n$ {shlex.join(command)}", flush=True)
     environment = os.environ | {"NANOGRPO_STARTED_BY": "rlhf_demo.py"}
     stage = subprocess.Popen([sys.executable, *command[1:]], env=environment)

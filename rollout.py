@@ -1,6 +1,7 @@
 """What GRPO and PPO share on text: prompts, answers sampled from a policy, their reward, what is measured.
 
-The answers' tensors, (B, G, T), are in answers.py. Left out: several turns. Run: python train_grpo.py
+The answers' tensors, (B, G, T), are in answers.py. Left out: several turns.
+Run: python train_grpo.py
 """
 import functools
 
@@ -119,11 +120,10 @@ class Environment:
         self.drawn.zero_()
         self.cut = ranks.gather(cut_off(answers, self.tokenizer.stops, self.T)).float().mean()
         token_adv = adv.abs().mean() if adv.dim() == 2 else masked_mean(adv.abs(), mask)
-        gold = gold_score(self.args, texts, ranks.gather(answers.prompts.texts))
         equal = (reward == reward[:, :1]).all(1).float().mean() if reward.shape[1] > 1 else None
-        return {"mean_r": reward.mean(), "token_adv": token_adv, "gold": gold,
-                "length": mask.sum() / len(texts), "distinct": distinct(texts), "frac_zero_std": equal,
-                "frac_cut": self.cut, "samples": samples, "tokens": tokens}
+        return {"mean_r": reward.mean(), "token_adv": token_adv, "frac_zero_std": equal, "frac_cut": self.cut,
+                "gold": gold_score(self.args, texts, ranks.gather(answers.prompts.texts)), "samples": samples,
+                "length": mask.sum() / len(texts), "distinct": distinct(texts), "tokens": tokens}
 
     def evaluate(self, policy):
         """What an answer to each held-out prompt earns, always from the same draws, and how good it is."""
@@ -141,4 +141,4 @@ class Environment:
         print(f"{self.args.steps} steps, {self.run.counts['seconds']:.0f} s; held out: {shown}; "
               f"wrote {self.args.log} and {self.args.out}/policy.pth")
         if self.run.start < self.args.steps and self.cut > 0.9:
-            print(f"warning: --max_new {self.T} cut {self.cut:.0%} of the last step's answers before their end")
+            print(f"warning: --max_new {self.T} cut {self.cut:.0%} of the last step's answers")

@@ -1,7 +1,8 @@
 """What surrounds GRPO's loss: later papers' techniques, each a flag of train_grpo.py that is off by default.
 
 docs/grpo.md says what each does, and which helped here. The loss itself is in grpo.py.
-Left out: replay of old answers, curricula. Run: python train_grpo.py --overlong penalty
+Left out: replay of old answers, curricula.
+Run: python train_grpo.py --overlong penalty
 """
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -45,7 +46,7 @@ def pick_objective(args, updates=1):
 
 
 def begin(step, env, policy, ref, optimizer):
-    """Before a step: evaluates if it is due, sets the learning rate, may move the reference, starts the clock.
+    """Before a step: evaluates if it is due, sets the learning rate, may move π₀, starts the clock.
 
     -> what held-out answers earn, every --eval_every steps, else {}.
     """

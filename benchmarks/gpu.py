@@ -311,8 +311,7 @@ def main(args):
     if unknown:
         die(f"--parts {' '.join(unknown)}: wanted some of {', '.join(names)}")
     if not args.tiny and not torch.cuda.is_available():
-        die("this torch sees no CUDA GPU, which is what benchmarks/gpu.py measures: --tiny runs next to no work "
-            "on a CPU")
+        die("this torch sees no CUDA GPU, and benchmarks/gpu.py measures one: --tiny tries it on a CPU")
     if args.only:
         run_part(names[args.only], args)
         return

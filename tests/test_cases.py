@@ -79,9 +79,9 @@ def test_the_same_command_again_is_refused_and_changes_nothing(module, capsys):
 
 def test_class_to_image_goes_on_from_its_own_checkpoint(capsys):
     """A new start leaves no older checkpoint of more steps for --resume to take."""
-    words = ["--device", "cpu", "--vq-steps", 2, "--gpt-steps", 2, "--classifier-steps", 2, "--eval-images", 2,
-             "--sample-batch-size", 8, "--train-batch-size", 8, "--group-size", 2, "--eval-every", 0,
-             "--log-image-every", 0, "--log", "log.csv", "--out", "out"]
+    words = ["--device", "cpu", "--vq-steps", 2, "--gpt-steps", 2, "--classifier-steps", 2,
+             "--eval-images", 2, "--sample-batch-size", 8, "--train-batch-size", 8, "--group-size", 2,
+             "--eval-every", 0, "--log-image-every", 0, "--log", "log.csv", "--out", "out"]
     cli(c2i_grpo, *words, "--steps", 3)
     before = digests("out")
     refused(capsys, lambda: cli(c2i_grpo, *words, "--steps", 3), "--resume", "--overwrite")

@@ -14,7 +14,8 @@ from vision.vlm.data import Scorer, parse_answer
 FUZZ = settings(max_examples=500, deadline=timedelta(seconds=2), derandomize=True,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 SIGNS = "0123456789０９٣²½(),.[]{}<>-–−－，、:=%\"' \n\u2028\x00\ud800xyé漢"
-WORDS = ["12, 34", "(5,6),(7,8)", "<think>", "</think>", "<answer>", "</answer>", '"x": ', "9" * 400, " " * 900]
+WORDS = ["12, 34", "(5,6),(7,8)", "<think>", "</think>", "<answer>", "</answer>", '"x": ', "9" * 400,
+         " " * 900]
 PIECES = st.sampled_from([*SIGNS, *WORDS, "1e9", "nan"])
 EXAMPLE = {"prompt": "where?", "solution": [10, 20, 50, 60], "size": (112, 112), "scales": (1.0, 2.0)}
 
@@ -34,7 +35,8 @@ def test_any_answer_is_a_place_or_none(text):
 
 @FUZZ
 @given(st.lists(st.integers(0, 999) | st.decimals(0, 999, places=2), min_size=1, max_size=6),
-       st.sampled_from([", ", ",", " , "]), st.sampled_from(["({})", "[{}]", "{}", "at {}.", '{{"bbox": [{}]}}']))
+       st.sampled_from([", ", ",", " , "]),
+       st.sampled_from(["({})", "[{}]", "{}", "at {}.", '{{"bbox": [{}]}}']))
 def test_what_is_written_is_what_is_read(values, comma, frame):
     wanted = tuple(map(float, values)) if len(values) in (2, 4) else None
     assert parse_answer(frame.format(comma.join(map(str, values)))) == wanted
@@ -42,7 +44,8 @@ def test_what_is_written_is_what_is_read(values, comma, frame):
 
 NUMBERS = st.integers(-3, 45) | st.floats() | st.just(10**400) | st.booleans()
 ANY = st.recursive(st.none() | NUMBERS | st.text(max_size=4), lambda x: st.lists(x, max_size=3) |
-                   st.dictionaries(st.sampled_from(["id", "bbox", "images", "annotations", "x"]), x, max_size=3),
+                   st.dictionaries(st.sampled_from(["id", "bbox", "images", "annotations", "x"]), x,
+                                   max_size=3),
                    max_leaves=6)
 BOX = st.lists(st.integers(0, 20) | NUMBERS, min_size=4, max_size=4)
 

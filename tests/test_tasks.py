@@ -44,7 +44,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, row, completion, wanted", [
     ("add", {"answer": "68"}, "68", 1), ("add", {"answer": "68"}, "23 + 45 = 68.", 1),
     ("add", {"answer": "68"}, "The answer is **68**\n", 1), ("add", {"answer": "68"}, "68, not 67", 0),
-    ("add", {"answer": "68"}, "168", 0), ("add", {"answer": "68"}, "068", 0), ("add", {"answer": "68"}, "", 0),
+    ("add", {"answer": "68"}, "168", 0), ("add", {"answer": "68"}, "068", 0),
+    ("add", {"answer": "68"}, "", 0),
     ("add", {"answer": "68"}, "sixty-eight", 0), ("add", {"answer": "68"}, "٦٨", 0),
     ("sort", {"answer": "0112"}, "0112", 1), ("sort", {"answer": "0112"}, "0 1 1 2", 1),
     ("sort", {"answer": "0112"}, "The 4 digits: 0, 1, 1, 2.", 1), ("sort", {"answer": "0112"}, "012", 0),
@@ -65,7 +66,8 @@ ROW = {"numbers": [3, 7, 2], "target": 13, "answer": "3*7-2"}  # 13 = 2 * 3 + 7
     ("3*7-2", 0.1), ("3+7+2", 0.1), ("3-7/2", 0.1),
     ("13", 0), ("6+7", 0), ("2*3+7+0", 0), ("2*3+7*1", 0), ("2*3", 0), ("2*3+7+2", 0), ("", 0), ("= 13", 0),
     ("2*3+7\nI am sure.", 0), ("answer: 2*3+7", 0), ("7/(3-3)", 0), ("2/(3-3)+7", 0), ("7//(3-2)", 0),
-    ("-2+7*3", 0), ("2*3*-7", 0), ("7**2**3", 0), ("3**7**2", 0), ("(2*3)+7)", 0), ("2(3)+7", 0), ("2 3 7", 0),
+    ("-2+7*3", 0), ("2*3*-7", 0), ("7**2**3", 0), ("3**7**2", 0), ("(2*3)+7)", 0), ("2(3)+7", 0),
+    ("2 3 7", 0),
     ("2*3+7,", 0), ("2.0*3+7", 0), ("0x2*3+7", 0), ("02*3+7", 0), ("２*3+7", 0),
     ("4*3+1", 0), ("2*3+7 # sure", 0)])
 def test_countdown_by_hand(completion, wanted):
@@ -201,7 +203,8 @@ def test_each_answer_meets_its_own_question(monkeypatch):
 
 # ---- a nano GPT ----
 SFT = ["--tokenizer", "char", "--block_size", 24, "--batch_size", 8, "--steps", 30, "--eval_every", 15,
-       "--warmup", 3, "--worked", 300, "--device", "cpu", "--dtype", "fp32", "--log", "sft.csv", "--out", "sft"]
+       "--warmup", 3, "--worked", 300, "--device", "cpu", "--dtype", "fp32",
+       "--log", "sft.csv", "--out", "sft"]
 RL = ["--policy", "sft/policy.pth", "--prompts_per_step", 4, "--group_size", 4, "--max_new", 6, "--steps", 3,
       "--eval_every", 2, "--eval_prompts", 16, "--device", "cpu", "--dtype", "fp32"]
 ANY_DIGIT = '''
@@ -248,7 +251,8 @@ def test_the_reward_of_a_users_task_rises(folder, capsys):
 
 def test_answers_out(capsys):
     cli(sft, "--data", "task:add:1", *SFT)
-    cli(sample, "--policy", "sft/policy.pth", "--task", "add:1", "--answers_out", "a.jsonl", "--num_samples", 2)
+    cli(sample, "--policy", "sft/policy.pth", "--task", "add:1", "--answers_out", "a.jsonl",
+        "--num_samples", 2)
     said = capsys.readouterr().out
     rows = [json.loads(line) for line in open("a.jsonl")]
     held_out = load_task("add:1").rows(256, 0, held_out=True)
@@ -278,7 +282,8 @@ def test_the_page_of_your_own_task(folder):
     accuracy = [float(row["eval_acc"]) for row in read_csv("logs/mine.csv")[1] if row["eval_acc"]]
     assert len(accuracy) == 4
     task = load_task("my_task.py")
-    assert [task.reward(text, {"answer": "31"}) for text in ("31", " 31\n", "13", "", "x")] == [1, 1, .1, 0, 0]
+    texts = "31", " 31\n", "13", "", "x"
+    assert [task.reward(text, {"answer": "31"}) for text in texts] == [1, 1, .1, 0, 0]
 
 
 # ---- bad input ----

@@ -255,7 +255,7 @@ def test_two_processes():
 
     from helpers import ROOT, environment
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--",
-                           str(ROOT / "train_trl.py"), *map(str, words), "--log", "two.csv"],
+                           str(ROOT / "train_trl.py"), *map(str, words), "--log", "two.csv", "--overwrite"],
                           env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.count("held out") == 1, done.stderr
     one, two = read_csv("one.csv")[1], read_csv("two.csv")[1]

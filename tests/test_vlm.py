@@ -121,7 +121,8 @@ def test_parsing(text, said):
 
 @pytest.mark.parametrize("text", ["1" + " " * 50_000, " " * 50_000, "(" * 50_000, "1 ," * 20_000 + "x",
                                   "x " * 20_000, "1,2" + "." * 50_000 + "a", "<think>" * 10_000,
-                                  "<answer>" * 10_000, "</think>" * 10_000, "1" * 50_000 + ",1", "x" + " " * 50_000])
+                                  "<answer>" * 10_000, "</think>" * 10_000, "1" * 50_000 + ",1",
+                                  "x" + " " * 50_000])
 def test_a_long_answer_takes_no_long_time(text):
     """Linear: hundredths of a second. Quadratic were several seconds."""
     clock = time.process_time()

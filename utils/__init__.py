@@ -57,7 +57,7 @@ def take_signals(handler):
 
 
 def in_one_line(kind, error, trace):
-    """Python's own report of an error that nothing caught, and one line for a signal or what it has broken."""
+    """Python's own report of an error that nothing caught; one line for a signal or what it broke."""
     if not (issubclass(kind, KeyboardInterrupt) or ASKED):
         return sys.__excepthook__(kind, error, trace)
     number = signal.Signals(error.args[0] if isinstance(error, Stopped) else (*ASKED, signal.SIGINT)[0])

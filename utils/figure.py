@@ -87,7 +87,9 @@ def read_csv(path):
         die(f"can't read {path}: {error.strerror or error}")
     except (ValueError, pd.errors.ParserWarning):  # an empty file, bytes that aren't text, ragged rows
         frame = pd.DataFrame()
-    read, frame = frame, frame.apply(pd.to_numeric, errors="coerce").astype(float)
+    def numbers(column):  # as text, a whole number of 400 digits is infinite, not an error
+        return pd.to_numeric(column.astype(str) if column.dtype == object else column, errors="coerce")
+    read, frame = frame, frame.apply(numbers).astype(float)
     words = {name: read[name][frame[name].isna() & read[name].notna()].astype(str).tolist() for name in read}
     frame = frame.replace([np.inf, -np.inf], np.nan)
     if not frame.notna().any(axis=None):
