@@ -3,9 +3,8 @@
 π(class | image) = softmax(s·cos(image, class text)), CLIP's zero-shot classifier (arXiv:2103.00020).
 G classes are drawn for an image and compared within their group (GRPO, arXiv:2402.03300). The classes can be
 enumerated, so the KL to the start π₀ and the entropy are exact. The text tower is frozen, its features are
-computed once. The banners of the loop are those of train_grpo.py, in the same order.
-Left out: training the text tower, augmentation beyond a flip, several processes.
-Run: python clip_grpo.py (a small CLIP on digits, offline; --model ViT-B/32 for OpenAI's)
+computed once. The banners are train_grpo.py's. Left out: training the text tower, augmentation beyond a flip,
+several processes. Run: python clip_grpo.py (a small CLIP on digits, offline; --model ViT-B/32 for OpenAI's)
 """
 import contextlib
 import copy
@@ -233,7 +232,7 @@ def main(args):
             else:
                 loss, stats = bandit_loss(logp_all, logp_old, action, adv)
             kl = exact_kl(logp_all, ref_all).mean()
-            bonus = entropy(F.log_softmax(logp_all / args.entropy_temperature, dim=1)).mean()
+            bonus = entropy(logp_all, args.entropy_temperature).mean()
             loss = loss + args.beta * kl - args.entropy_coef * bonus
             loss.backward()
             for group in optimizer.param_groups:

@@ -5,8 +5,8 @@ one command of this repository, which is printed. A second run reuses what is do
 Left out: other tasks and models: that command takes them.
 Run: python llm_demo.py (make llm brings the weights first)
 """
-import subprocess
-import sys
+import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from policy import load_policy
 from tasks import load_task
-from utils.cli import AtLeast, parse
+from utils.cli import AtLeast, parse, resume_command
 from utils.device import pick_autocast, pick_device
 from utils.figure import plot_panels
 
@@ -50,15 +50,18 @@ def main(args):
     print(f"One prompt, as the model sees it:\n\n{tokenizer.prompt(questions[0])}\n")
     print(f"before: {right.float().mean():.1%} of {len(right)} held-out questions answered rightly (greedy)")
 
-    command = ["python", "train_grpo.py", "--policy", args.policy, "--task", args.task, "--steps",
+    script = os.path.relpath(Path(__file__).with_name("train_grpo.py"))
+    command = ["python", script, "--policy", args.policy, "--task", args.task, "--steps",
                str(args.steps), "--seed", str(args.seed), "--device", args.device, "--log", "logs/llm.csv",
                "--out", "out/llm"]
     if Path("out/llm/state.pth").is_file():
         command.append("--resume")
-    print(f"\n$ {' '.join(command)}", flush=True)
-    stage = subprocess.run([sys.executable, Path(__file__).with_name(command[1]), *command[2:]])
-    if stage.returncode:
-        raise SystemExit(stage.returncode)
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    code = utils.run_stage(command)
+    if code in utils.STOPS.values():
+        print("the demo goes on with:", resume_command().removesuffix(" --resume"))
+    if code:
+        raise SystemExit(code)
 
     _, after, now_right, _ = asked("out/llm/policy.pth", task, args, device)
     for question, *answers in list(zip(questions, before, after))[:5]:

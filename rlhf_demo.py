@@ -8,7 +8,6 @@ Run: python rlhf_demo.py
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -73,14 +72,11 @@ def run(script, output, inputs, last_step, args, *flags):
             "to replace it")
     print(f"\n$ {shlex.join(command)}", flush=True)
     environment = os.environ | {"NANOGRPO_STARTED_BY": "rlhf_demo.py"}
-    stage = subprocess.Popen([sys.executable, *command[1:]], env=environment)
-    utils.take_signals(lambda *_: stage.terminate())  # the stage saves, and ends
-    code = stage.wait()
-    utils.take_signals(utils.stop)
+    code = utils.run_stage(command, environment)
     if code in utils.STOPS.values():
         print("the demo goes on with:", resume_command().removesuffix(" --resume"))
     if code:
-        raise SystemExit(code if code > 0 else 128 - code)
+        raise SystemExit(code)
 
 
 def read_record(path):

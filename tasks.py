@@ -36,10 +36,10 @@ class Task:
             try:
                 row = self.sample(rng)
                 prompt, _ = row["prompt"], row["answer"]
+                eighth = hashlib.sha256(prompt.encode()).digest()[0] < 32  # everywhere the same
             except Exception as error:  # whatever the user's function raises is the user's to see
                 die(f"--task {self.name}: sample raised {describe(error)}: wanted a row, prompt and answer")
             misses += 1
-            eighth = hashlib.sha256(prompt.encode()).digest()[0] < 32  # the same everywhere, as hash() is not
             if eighth == held_out and prompt not in rows:
                 rows[prompt] = row
                 misses = 0

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from generate import ended
 from grpo import OBJECTIVES
 from utils import ranks
 from utils.cli import AtLeast, die
@@ -80,11 +81,9 @@ def rewarded(answers, env, policy, generator):
 
 def cut_off(answers, stops, max_new):
     """Which answers --max_new cut before they came to a stop: (b, G) bool."""
-    ended = torch.zeros_like(answers.mask[:, :, 0])
-    for stop in stops:
-        tail = answers.tokens[:, :, -len(stop):]
-        ended |= (tail == tail.new_tensor(stop)).all(2)
-    return (answers.mask.sum(2) == max_new) & ~ended
+    b, G, T = answers.mask.shape
+    stopped = ended(answers.tokens[:, :, -T:].flatten(0, 1), stops)[:, -1].view(b, G)
+    return (answers.mask.sum(2) == max_new) & ~stopped
 
 
 def shaped(reward, answers, args):

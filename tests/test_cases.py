@@ -23,6 +23,7 @@ import rlhf_demo
 import sft
 import train_grpo
 import train_ppo
+import utils
 from model import GPT, GPTConfig
 from policy import load_policy
 from ppo import explained_variance, gae
@@ -531,7 +532,7 @@ def stage(monkeypatch, args=None):
 
         def wait(self):
             return 0
-    monkeypatch.setattr(rlhf_demo.subprocess, "Popen", Popen)
+    monkeypatch.setattr(utils.subprocess, "Popen", Popen)
     monkeypatch.setattr(rlhf_demo.utils, "take_signals", lambda handler: None)
     rlhf_demo.run("sft.py", "out/sft/policy.pth", [], 2, args or rlhf_demo.Args(), "--steps", 2)
     return started[0] if started else None

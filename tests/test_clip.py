@@ -66,6 +66,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+STORED = "image_resolution", "context_length"  # what a run needs to know of a model from a file
+
+
 @pytest.fixture
 def refused(capsys):
     """refused(words, *wanted): the script ends with code 2 and a message that holds each of `wanted`."""
@@ -257,6 +260,8 @@ def test_kl_and_entropy_are_the_enumerated_ones():
     by_hand = sum(a * math.log(a / b) for a, b in zip(p, q))
     assert clip_grpo.exact_kl(*logs).mean().item() == pytest.approx(by_hand)
     assert clip_grpo.entropy(logs[0]).mean().item() == pytest.approx(-sum(a * math.log(a) for a in p))
+    flat = [a ** 0.5 / sum(b ** 0.5 for b in p) for a in p]  # temperature 2
+    assert clip_grpo.entropy(logs[0], 2.0).item() == pytest.approx(-sum(a * math.log(a) for a in flat))
 
 
 def watch(monkeypatch, name):
@@ -417,7 +422,8 @@ def test_official_archive_and_state_dict_load_exactly():
     archive.half().save("half.pt")  # OpenAI's are in fp16; this casts `model` too
     for name in ("exact.pt", "plain.pt"):
         found, config_found = clip_model.load_clip(name)
-        assert config_found.items() <= config.items() and torch.equal(found(images, tokens)[0], want)
+        assert config_found == {name: config[name] for name in STORED}
+        assert torch.equal(found(images, tokens)[0], want)
         assert {p.dtype for p in found.parameters()} == {torch.float32}
     found, _ = clip_model.load_clip("half.pt")
     for name, value in found.state_dict().items():
@@ -428,7 +434,7 @@ def test_a_resnet_loads_too_and_keeps_its_statistics(tmp_path):
     model, config = make((64, 32, (1, 1, 1, 1), 8, None, 64, 1, 1))
     torch.save(model.state_dict(), "resnet.pt")
     found, config_found = clip_model.load_clip("resnet.pt")
-    assert config_found.items() <= config.items()
+    assert config_found == {name: config[name] for name in STORED}
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(found.visual(x), model.visual(x))
     tiny_run("--model", "resnet.pt", "--epochs", 1, "--save-model")

@@ -223,6 +223,27 @@ def test_a_head_of_the_right_size_and_frozen_statistics(name):
     assert moved and all("running_" in k or k.endswith("num_batches_tracked") for k in moved)
 
 
+def test_random_networks_get_the_plain_mean_of_their_batches_as_statistics(folder, monkeypatch):
+    """BatchNorm's statistics of random weights are set once, before training; those of a file stay."""
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.norm(x).mean((2, 3)))
+    policy, parts = cnn.Classifier(Net(), 2), torch.rand(3, 4, 3, 5, 5) * 4
+    given, real = [], torch.optim.swa_utils.update_bn
+    real(parts, policy)
+    torch.testing.assert_close(policy.net.norm.running_mean, parts.mean((1, 3, 4)).mean(0))
+    torch.testing.assert_close(policy.net.norm.running_var, parts.transpose(1, 2).flatten(2).var(2).mean(0))
+    monkeypatch.setattr(torch.optim.swa_utils, "update_bn", lambda *args: given.append(1) or real(*args))
+    run("--steps", 1)
+    assert len(given) == 1
+    run("--steps", 1, "--weights", "out/cnn/best_small_grpo.pt", "--out", "second")
+    assert len(given) == 1
+
+
 def test_a_yolo_of_ultralytics_own_file_is_read_and_a_foreign_pickle_is_not(folder, capsys):
     needs_ultralytics()
     torch.manual_seed(0)
@@ -528,7 +549,7 @@ def test_a_cnn_run_beside_a_text_run(folder):
     (["--lr", "nan"], ["lr nan"]),
     (["--model", "resnet51"], ["resnet51", "small", "yolov8n-cls", "resnet50"]),
     (["--model", "yolov8q-cls"], ["yolov8q-cls", "yolov8n-cls"]),
-    (["--weights", "none.pt"], ["none.pt", "FileNotFoundError"]),
+    (["--weights", "none.pt"], ["none.pt", "No such file"]),
     (["--model", "yolov8n-cls", "--weights", "none.pt"], ["none.pt"]),
     (["--model", "yolov8n-cls"], ["--weights none", "yolov8n-cls.pt"]),
     (["--data_root", "nowhere"], ["nowhere", "train/"]),

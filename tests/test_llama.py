@@ -1,14 +1,18 @@
 """Llama's family against transformers: logits, generation, GGUF, tokenizers, export; and what is refused."""
 import importlib.metadata
 import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import cli, rl
+from helpers import ROOT, cli, environment, rl
 
+import llm_demo
 import sample
 import train_grpo
 import train_ppo
@@ -338,6 +342,33 @@ def test_a_pretrained_folder_trains_and_loads_without_it(folders, tmp_path):
     after, tokens = load_policy(tmp_path / "out/policy.pth")
     assert (after.layers[0].mlp.up_proj.weight - before.layers[0].mlp.up_proj.weight).abs().max() > 1e-3
     assert tokens.state() == tokenizer.state()
+
+
+@pytest.mark.slow
+def test_the_demo_asks_trains_asks_again_and_goes_on_after_a_signal(folders, tmp_path, monkeypatch, capfd):
+    """A second run trains nothing more. SIGTERM to the demo ends its stage too, which saves."""
+    monkeypatch.chdir(tmp_path)
+    Path("t.py").write_text("from tasks import Task\n\n\ndef sample(rng):\n    x = rng.randrange(10**4)\n"
+                            "    return {'prompt': f'{x}?', 'answer': str(x)}\n\n\n"
+                            "TASK = Task(sample, lambda completion, row: float(len(completion)))\n")
+    words = ["--policy", folders["llama"][1], "--task", "t.py", "--questions", 5, "--device", "cpu",
+             "--steps"]
+    cli(llm_demo, *words, 2)
+    said, csv = capfd.readouterr().out, Path("logs/llm.csv").read_text()
+    assert "One prompt, as the model sees it" in said and said.count("before:") == 6
+    assert "figure: logs/llm.png" in said and len(csv.splitlines()) == 3 and "2 steps" in said
+    cli(llm_demo, *words, 2)
+    assert "nothing to do" in capfd.readouterr().out and Path("logs/llm.csv").read_text() == csv
+    command = [sys.executable, ROOT / "llm_demo.py", *map(str, words), "5000"]
+    demo = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 100
+    while len(Path("logs/llm.csv").read_text().splitlines()) < 6 and time.monotonic() < until:
+        time.sleep(0.1)
+    demo.terminate()
+    said = demo.communicate(timeout=60)[0]
+    assert demo.returncode == 143 and "the demo goes on with: python" in said and "stopped and saved" in said
+    done = torch.load("out/llm/state.pth", weights_only=True)["step"]
+    assert len(Path("logs/llm.csv").read_text().splitlines()) == done + 1 > 5
 
 
 # ---- LoRA ----

@@ -28,7 +28,7 @@ import tasks
 import train_grpo
 import train_ppo
 from model import GPT, GPTConfig
-from tasks import TASKS, load_task
+from tasks import TASKS, Task, load_task
 from utils import checkpoint
 from utils.tokenizer import train_tokenizer
 
@@ -199,6 +199,14 @@ def test_each_answer_meets_its_own_question(monkeypatch):
     assert torch.equal(task.ask(None, tokenizer, prompts, 4, 8)[1], torch.eye(8))
     assert task.ask(None, tokenizer, prompts, 4)[1].tolist() == [[1.0]] + [[0.0]] * 7
     assert asked == {8: 0, 1: 1}  # greedy draws from the likeliest token alone
+
+
+def test_a_prompt_that_is_no_text(capsys):
+    task = Task(lambda rng: {"prompt": 5, "answer": "5"}, lambda completion, row: 1.0)
+    with pytest.raises(SystemExit) as stopped:
+        task.rows(1, 0, held_out=False)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "wanted a row, prompt and answer" in said and "int" in said
 
 
 # ---- a nano GPT ----

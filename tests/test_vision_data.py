@@ -426,6 +426,8 @@ def test_folders_that_are_refused(folder, capsys):
     refused(capsys, load("nowhere"), "nowhere", "no such folder", "train/")
     refused(capsys, load(tree(folder / "a", ("val",))), "a/train: no such folder", "val")
     refused(capsys, load(tree(folder / "b", ("train",))), "b/val: no such folder", "eval/")
+    (folder / "c").mkdir()
+    refused(capsys, load(folder / "c"), "c/train: no such folder", "val/")
     root = tree(folder / "d")
     (root / "train" / "cow").mkdir()
     refused(capsys, load(root), "cow", "no images")

@@ -238,8 +238,8 @@ def test_a_few_steps_raise_the_reward():
                                    ["--reward", "smooth"], ["--draw", "argmax", "--dropout", 0.3],
                                    ["--aux_ce_coef", 0.1], ["--temperature", 0.7, "--beta", 0]])
 def test_options_of_the_class_task(words):
-    rows = run("--steps", 3, *words)
-    assert min(float(row["frac_zero_std"]) for row in rows[:3]) < 1  # there is something to learn from
+    rows = run("--steps", 3, "--seed", 1, *words)
+    assert float(rows[0]["frac_zero_std"]) < 1  # there is something to learn from
     assert all(abs(float(row["ratio_max"]) - 1) < 1e-6 for row in rows[:3])
 
 

@@ -26,8 +26,9 @@ def exact_kl(logp, logp_ref):
     return (logp.exp() * (logp - logp_ref)).sum(-1)
 
 
-def entropy(logp):
-    """−Σ_a π(a)·log π(a) over all V actions, in nats: (…, V) -> (…)."""
+def entropy(logp, temperature=1.0):
+    """−Σ_a π(a)·log π(a) over all V actions, in nats, of π at a temperature: (…, V) -> (…)."""
+    logp = logp if temperature == 1 else (logp / temperature).log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
 
 

@@ -3,7 +3,7 @@
 LlamaGen (arXiv:2406.06525) draws an image as T codes of a frozen tokenizer. GRPO (arXiv:2402.03300) compares
 G images of a class. Without --vq-ckpt and --data-path the run is on digits, whose models it trains first.
 A flag that is None takes a value of LlamaGen's or of the digits (vision/c2i/models.py). The banners are those
-of train_grpo.py, in the same order. Left out: text prompts, schedules. Run: python -m vision.c2i_grpo
+of train_grpo.py. Left out: text prompts, schedules. Run: python -m vision.c2i_grpo
 """
 import copy
 import os

@@ -109,7 +109,8 @@ def load_weights(model, name, path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        die(f"--weights {path} can't be read ({type(error).__name__}): wanted default, none, or a state dict")
+        die(f"--weights {path} can't be read ({getattr(error, 'strerror', None) or type(error).__name__}): "
+            "wanted default, none, or a state dict")
     if isinstance(content, dict) and content.get("format") == FORMAT:
         made_for = content.get("config", {}).get("model")
         if content.get("kind") != "classifier" or made_for != name:

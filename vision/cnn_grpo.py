@@ -2,7 +2,7 @@
 
 One forward pass gives all of an image's G answers. The actions can be enumerated, so the KL is exact
 (arXiv:2402.03300 samples it). benchmarks/exact.py compares with the exact policy gradient.
-The banners of the loop are those of train_grpo.py, in the same order.
+The banners of the loop are those of train_grpo.py.
 Left out: several updates a rollout, several processes. Run: python -m vision.cnn_grpo
 """
 import copy
