@@ -1,10 +1,10 @@
 """CLIP as a bandit: every class's text is an arm, an image's class is drawn, GRPO moves the visual tower.
 
 π(class | image) = softmax(s·cos(image, class text)), CLIP's zero-shot classifier (arXiv:2103.00020).
-G classes are drawn for an image and compared within their group (GRPO, arXiv:2402.03300). The classes can be
-enumerated, so the KL to the start π₀ and the entropy are exact. The text tower is frozen, its features are
-computed once. The banners are train_grpo.py's. Left out: training the text tower, augmentation beyond a flip,
-several processes. Run: python clip_grpo.py (a small CLIP on digits, offline; --model ViT-B/32 for OpenAI's)
+G classes are drawn for an image and compared within their group (GRPO, arXiv:2402.03300). KL to the start π₀
+and entropy are exact, since the classes can be enumerated. The text tower is frozen. The banners are those of
+train_grpo.py. Left out: training the text tower, augmentation beyond a flip, several processes.
+Run: python clip_grpo.py (a small CLIP on digits, offline; --model ViT-B/32 for OpenAI's)
 """
 import contextlib
 import copy
