@@ -1,18 +1,22 @@
 """Fault injection: each training script is ended at a random moment, then resumed, and must lose nothing.
 
 A tiny run is made once to its end. Then it begins anew in a fresh folder, and a signal ends it at a moment
-drawn between the process's start and its usual end. The run that goes on with --resume must have the same CSV
-and weights, but for time and memory. Where nothing was saved yet, --resume names what to do instead, and that
-must have the same result. A benchmark that was broken off goes on behind the last row of --out.
+drawn between the process's start and its usual end. A fifth of the tries start a new Python ("cold"). The
+others are forked from this process, which has imported torch already ("warm"): that saves most of the time.
+The run that goes on with --resume must have the same CSV and weights, but for time and memory. Where nothing
+was saved yet, --resume names what to do instead, and that must have the same result. A benchmark that was
+broken off goes on behind the last row of --out.
 Left out: a machine that loses power, several processes, GPUs.
 Run: python benchmarks/faults.py
 """
+import atexit
 import csv
+import importlib
 import os
 import random
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,11 +27,12 @@ from typing import Annotated, Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+os.environ |= {"OMP_NUM_THREADS": "1", "CI": "true", "PYTHONPATH": str(ROOT)}  # of the runs, too
 import utils  # noqa: E402  (after the path, and before torch)
 import torch  # noqa: E402
 from utils.cli import AtLeast, die, parse  # noqa: E402
 
-COLUMNS = ["script", "signal", "n", "moment", "usual", "exit_code", "outcome", "what"]
+COLUMNS = ["script", "signal", "n", "start", "moment", "usual", "exit_code", "outcome", "what"]
 TIMING = {"seconds", "sampling_s", "tokens_per_s", "peak_mem_mb"}  # columns that two equal runs needn't share
 PAIRS = "--data play --prompt_len 16 --max_new 12 --policy ../../sft/whole/out/policy.pth"
 RL = (f"{PAIRS} --reward_model ../../reward_model/whole/out/reward.pth --prompts_per_step 4 --group_size 4 "
@@ -57,33 +62,99 @@ class Args:
     out: str = "results/faults.csv"  # a row a try
 
 
-def run(name, folder, *words, number=None, moment=None):
-    """One process in the folder, sent the signal after `moment` seconds -> its stderr and exit code."""
-    script = SCRIPTS[name] if SCRIPTS[name].startswith("-m") else f"{ROOT}/{SCRIPTS[name]}"
-    command = [sys.executable, *script.split(), *"--log log.csv --out out --device cpu".split(), *words]
-    folder.mkdir(parents=True, exist_ok=True)
-    with subprocess.Popen(
-            command, cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CI": "true", "PYTHONPATH": str(ROOT)}) as process:
+def warm_up():
+    """Imports what the scripts import, torch above all: a process that is forked from here starts at once."""
+    for command in SCRIPTS.values():
+        importlib.import_module(command.removeprefix("-m ").split()[0].removesuffix(".py"))
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # it imports half of torch
+    forget()
+
+
+def forget():
+    """Drops this repository's modules: the next import runs their code again, as a new process does."""
+    for name, module in list(sys.modules.items()):
+        path = Path(getattr(module, "__file__", None) or "/")
+        if name != "__main__" and path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+            del sys.modules[name]
+
+
+def become(command):
+    """In a forked process: does what `python COMMAND` does after its imports, to its exit."""
+    forget()
+    atexit._clear()
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
+    for number in utils.STOPS:
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    code = 0
+    try:
         try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-        return process.communicate()[1], process.wait()
+            if command[0] == "-m":
+                sys.argv = command[1:]
+                runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = command
+                runpy.run_path(command[0], run_name="__main__")
+        except SystemExit:
+            raise
+        except BaseException:
+            code = 1
+            sys.excepthook(*sys.exc_info())
+    except SystemExit as ended:
+        code = ended.code or 0
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(name, folder, *words, number=None, moment=None, cold=False):
+    """One process in the folder, sent the signal after `moment` seconds -> its stderr and exit code.
+
+    cold: a new Python, whose imports take seconds. Otherwise it is forked from this one.
+    """
+    script = SCRIPTS[name] if SCRIPTS[name].startswith("-m") else f"{ROOT}/{SCRIPTS[name]}"
+    command = [*script.split(), *"--log log.csv --out out --device cpu".split(), *words]
+    folder.mkdir(parents=True, exist_ok=True)
+    errors = folder.with_name(f"{folder.name}.err")
+    sys.stdout.flush()
+    began = time.monotonic()
+    pid = os.fork()
+    if not pid:
+        os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        if cold:
+            os.execv(sys.executable, [sys.executable, *command])
+        become(command)
+    ended, status = os.waitpid(pid, os.WNOHANG if moment is not None else 0)
+    while not ended and time.monotonic() < began + moment:
+        time.sleep(0.002)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    if not ended:
+        os.kill(pid, number)
+        _, status = os.waitpid(pid, 0)
+    return errors.read_text(errors="replace"), os.waitstatus_to_exitcode(status)
 
 
 def reference(name, args):
-    """The folder of the uninterrupted run, and the seconds that it took; made once."""
+    """The folder of the uninterrupted run; the seconds that a cold and a warm one took. Made once."""
     folder = Path(args.work).resolve() / name / "whole"
     stamp = folder / "seconds"
     if not stamp.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        began = time.monotonic()
-        error, code = run(name, folder)
-        if code:
-            die(f"the uninterrupted run of {name} ended with exit code {code}: {error[-300:]}")
-        stamp.write_text(f"{time.monotonic() - began:.3f}")
-    return folder, float(stamp.read_text())
+        seconds = []
+        for cold in (True, False):
+            shutil.rmtree(folder, ignore_errors=True)
+            began = time.monotonic()
+            error, code = run(name, folder, cold=cold)
+            if code:
+                die(f"the uninterrupted run of {name} ended with exit code {code}: {error[-300:]}")
+            seconds.append(f"{time.monotonic() - began:.3f}")
+        stamp.write_text(" ".join(seconds))
+    return folder, [float(x) for x in stamp.read_text().split()]
 
 
 def content(path):
@@ -123,10 +194,10 @@ def fault(folder, whole=None):
     return f"{left[0]} is left" if left else None
 
 
-def attempt(name, number, moment, folder, whole):
+def attempt(name, number, moment, folder, whole, cold):
     """-> exit code of the process that got the signal, the outcome, what was wrong."""
     shutil.rmtree(folder, ignore_errors=True)
-    error, code = run(name, folder, number=number, moment=moment)
+    error, code = run(name, folder, number=number, moment=moment, cold=cold)
     if "Traceback" in error or code not in {0, -number, utils.STOPS.get(number)}:
         return code, "wrong", f"at the signal: {' '.join(error.split())[-200:]}"
     if what := fault(folder):
@@ -146,6 +217,7 @@ def attempt(name, number, moment, folder, whole):
 
 def main(args):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    warm_up()
     with open(args.out, "a+", newline="", buffering=1) as file:  # a row a line, at once
         file.seek(0)
         rows = list(csv.DictReader(file))
@@ -157,10 +229,13 @@ def main(args):
             whole, usual = reference(name, args)
             tries = {(name, sent, n) for sent in args.signals for n in range(args.repeats)} - done
             for _, sent, n in sorted(tries) if name in args.scripts else ():
-                moment = random.Random(f"{args.seed} {name} {sent} {n}").uniform(0, usual)
+                start = "cold" if n % 5 == 0 else "warm"
+                end = usual[start == "warm"]
+                moment = random.Random(f"{args.seed} {name} {sent} {n}").uniform(0, end)
                 folder = whole.parent / f"{sent}-{n}"
-                tried = attempt(name, signal.Signals[sent], moment, folder, whole)
-                rows.append(dict(zip(COLUMNS, (name, sent, n, f"{moment:.3f}", f"{usual:.3f}", *tried))))
+                tried = attempt(name, signal.Signals[sent], moment, folder, whole, start == "cold")
+                about = name, sent, n, start, f"{moment:.3f}", f"{end:.3f}"
+                rows.append(dict(zip(COLUMNS, (*about, *tried))))
                 writer.writerow(rows[-1])
                 print(*rows[-1].values(), flush=True)
                 if tried[1] != "wrong":
