@@ -266,6 +266,17 @@ def test_bad_files(capsys, start, text, said):
     assert said in fails(capsys, *SMALL, "--model", start, "--data", "bad.json")
 
 
+@pytest.mark.parametrize("more, count, said", [
+    ({"completions": "x"}, 12, "the key 'completions'"), ({"prompts": "x"}, 12, "the key 'prompts'"),
+    ({}, 1, "examples of one image")])
+def test_keys_and_counts_that_cannot_be(processor, capsys, more, count, said):
+    rows = json.loads(Path(user_file(12)).read_text())[:count]
+    Path("data.json").write_text(json.dumps([row | more for row in rows]))
+    with pytest.raises(SystemExit) as stopped:
+        load_data(vlm_grpo.Args(data="data.json"), processor)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, said", [
     (["--group_size", 3], "--group_size 3"), (["--group_size", 1], "--group_size 1"),
     (["--trl.bananas", 1], "--trl.bananas"), (["--trl.beta", 1], "--trl.beta"),

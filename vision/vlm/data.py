@@ -123,6 +123,8 @@ def load_data(args, processor):
     if args.eval_data:
         return train, load_examples(args.eval_data, args.images_root, processor)
     images = list(dict.fromkeys(row["image"] for row in train))
+    if len(images) < 2:
+        die(f"{args.data} has examples of one image: wanted two, since a tenth is held out; or give --eval_data")
     held_out = images[-max(1, len(images) // 10):]  # an image is never in both parts
     return [[row for row in train if (row["image"] in held_out) == part] for part in (False, True)]
 
@@ -166,6 +168,8 @@ def check(row, where, root, processor):
     if not all(isinstance(word, str) and word and word.encode(errors="ignore").decode() == word
                for word in words):
         die(f"{where}: wanted {{image: FILE, prompt: a text, solution: [x1, y1, x2, y2] or [x, y]}}")
+    for key in {"prompts", "completions"} & row.keys():
+        die(f"{where}: the key {key!r} is an argument of every reward function: rename it")
     path = Path(root, row["image"])
     if not os.path.isfile(path):
         die(f"{where}: no image {path}: mend the name, or give --images_root")
