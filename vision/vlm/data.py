@@ -124,7 +124,7 @@ def load_data(args, processor):
         return train, load_examples(args.eval_data, args.images_root, processor)
     images = list(dict.fromkeys(row["image"] for row in train))
     if len(images) < 2:
-        die(f"{args.data} has examples of one image: wanted two, since a tenth is held out; or give --eval_data")
+        die(f"{args.data} has examples of one image: wanted two (a tenth is held out), or --eval_data")
     held_out = images[-max(1, len(images) // 10):]  # an image is never in both parts
     return [[row for row in train if (row["image"] in held_out) == part] for part in (False, True)]
 
