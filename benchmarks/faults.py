@@ -1,11 +1,11 @@
 """Fault injection: each training script is ended at a random moment, then resumed, and must lose nothing.
 
 A tiny run is made once to its end. Then it begins anew in a fresh folder, and a signal ends it at a moment
-drawn between the process's start and its usual end. A fifth of the tries start a new Python ("cold"). The
-others are forked from this process, which has imported torch already ("warm"): that saves most of the time.
-The run that goes on with --resume must have the same CSV and weights, but for time and memory. Where nothing
-was saved yet, --resume names what to do instead, and that must have the same result. A benchmark that was
-broken off goes on behind the last row of --out.
+drawn between the process's start and its usual end, in seconds of its own work. A fifth of the tries start a
+new Python ("cold"). The others are forked from this process, which has imported torch already ("warm"): that
+saves most of the time. The run that goes on with --resume must have the same CSV and weights, but for time and
+memory. Where nothing was saved yet, --resume names what to do instead, and that must have the same result.
+A benchmark that was broken off goes on behind the last row of --out.
 Left out: a machine that loses power, several processes, GPUs.
 Run: python benchmarks/faults.py
 """
@@ -112,8 +112,9 @@ def become(command):
 
 
 def run(name, folder, *words, number=None, moment=None, cold=False):
-    """One process in the folder, sent the signal after `moment` seconds -> its stderr and exit code.
+    """One process in the folder, sent the signal after `moment` seconds -> its stderr, exit code and seconds.
 
+    Seconds are those that a core works for it: other work on the machine doesn't shift them.
     cold: a new Python, whose imports take seconds. Otherwise it is forked from this one.
     """
     script = SCRIPTS[name] if SCRIPTS[name].startswith("-m") else f"{ROOT}/{SCRIPTS[name]}"
@@ -121,7 +122,6 @@ def run(name, folder, *words, number=None, moment=None, cold=False):
     folder.mkdir(parents=True, exist_ok=True)
     errors = folder.with_name(f"{folder.name}.err")
     sys.stdout.flush()
-    began = time.monotonic()
     pid = os.fork()
     if not pid:
         os.chdir(folder)
@@ -130,14 +130,21 @@ def run(name, folder, *words, number=None, moment=None, cold=False):
         if cold:
             os.execv(sys.executable, [sys.executable, *command])
         become(command)
-    ended, status = os.waitpid(pid, os.WNOHANG if moment is not None else 0)
-    while not ended and time.monotonic() < began + moment:
+    ended, status, used = os.wait4(pid, os.WNOHANG if moment is not None else 0)
+    while not ended and worked(pid) < moment:
         time.sleep(0.002)
-        ended, status = os.waitpid(pid, os.WNOHANG)
+        ended, status, used = os.wait4(pid, os.WNOHANG)
     if not ended:
         os.kill(pid, number)
-        _, status = os.waitpid(pid, 0)
-    return errors.read_text(errors="replace"), os.waitstatus_to_exitcode(status)
+        _, status, used = os.wait4(pid, 0)
+    seconds = used.ru_utime + used.ru_stime
+    return errors.read_text(errors="replace"), os.waitstatus_to_exitcode(status), seconds
+
+
+def worked(pid):
+    """The seconds that a core has worked for a process so far (proc_pid_stat(5), fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def reference(name, args):
@@ -148,11 +155,10 @@ def reference(name, args):
         seconds = []
         for cold in (True, False):
             shutil.rmtree(folder, ignore_errors=True)
-            began = time.monotonic()
-            error, code = run(name, folder, cold=cold)
+            error, code, used = run(name, folder, cold=cold)
             if code:
                 die(f"the uninterrupted run of {name} ended with exit code {code}: {error[-300:]}")
-            seconds.append(f"{time.monotonic() - began:.3f}")
+            seconds.append(f"{used:.3f}")
         stamp.write_text(" ".join(seconds))
     return folder, [float(x) for x in stamp.read_text().split()]
 
@@ -197,18 +203,18 @@ def fault(folder, whole=None):
 def attempt(name, number, moment, folder, whole, cold):
     """-> exit code of the process that got the signal, the outcome, what was wrong."""
     shutil.rmtree(folder, ignore_errors=True)
-    error, code = run(name, folder, number=number, moment=moment, cold=cold)
+    error, code, _ = run(name, folder, number=number, moment=moment, cold=cold)
     if "Traceback" in error or code not in {0, -number, utils.STOPS.get(number)}:
         return code, "wrong", f"at the signal: {' '.join(error.split())[-200:]}"
     if what := fault(folder):
         return code, "wrong", what
     outcome = "equal"
-    error, again = run(name, folder, "--resume")
+    error, again, _ = run(name, folder, "--resume")
     if again == 2 and error.count("\n") == 1 and "run `" in error:
         outcome = "refused clearly"
-        error, again = run(name, folder)
+        error, again, _ = run(name, folder)
         if again == 2 and "--overwrite" in error:
-            error, again = run(name, folder, "--overwrite")
+            error, again, _ = run(name, folder, "--overwrite")
     if again or "Traceback" in error:
         return code, "wrong", f"exit code {again} afterwards: {' '.join(error.split())[-200:]}"
     what = fault(folder, whole) or ""

@@ -44,8 +44,8 @@ def test_other_weights_or_a_missing_file(folders):
     assert faults.fault(folders[1], folders[0]) == "state.pth can't be read (FileNotFoundError)"
 
 
-SCRIPT = """import sys, time
-if sys.argv[1] == "sleep": time.sleep(60)
+SCRIPT = """import sys
+if sys.argv[1] == "work": exec("while True: pass")
 if sys.argv[1] == "fail": raise ValueError("no")
 sys.exit({"well": None, "refused": 2, "said": "a line"}[sys.argv[1]])
 """
@@ -53,10 +53,11 @@ sys.exit({"well": None, "refused": 2, "said": "a line"}[sys.argv[1]])
 
 @pytest.mark.parametrize("cold", [True, False])
 @pytest.mark.parametrize("word,code,said", [("well", 0, ""), ("refused", 2, ""), ("said", 1, "a line"),
-                                            ("fail", 1, "ValueError: no"), ("sleep", -15, "")])
+                                            ("fail", 1, "ValueError: no"), ("work", -15, "")])
 def test_a_forked_process_ends_as_a_new_one(tmp_path, monkeypatch, word, code, said, cold):
     (tmp_path / "s.py").write_text(SCRIPT)
     monkeypatch.setitem(faults.SCRIPTS, "sft", f"{os.path.relpath(tmp_path / 's.py', ROOT)} {word}")
-    moment = 0.7 if word == "sleep" else None
-    error, found = faults.run("sft", tmp_path / "run", number=signal.SIGTERM, moment=moment, cold=cold)
+    moment = 0.7 if word == "work" else None
+    error, found, seconds = faults.run("sft", tmp_path / "run", number=signal.SIGTERM, moment=moment, cold=cold)
     assert found == code and said in error and (word == "fail") == ("Traceback" in error)
+    assert word != "work" or 0.7 <= seconds < 1.4
