@@ -58,6 +58,6 @@ def test_a_forked_process_ends_as_a_new_one(tmp_path, monkeypatch, word, code, s
     (tmp_path / "s.py").write_text(SCRIPT)
     monkeypatch.setitem(faults.SCRIPTS, "sft", f"{os.path.relpath(tmp_path / 's.py', ROOT)} {word}")
     moment = 0.7 if word == "work" else None
-    error, found, seconds = faults.run("sft", tmp_path / "run", number=signal.SIGTERM, moment=moment, cold=cold)
+    error, found, used = faults.run("sft", tmp_path / "r", number=signal.SIGTERM, moment=moment, cold=cold)
     assert found == code and said in error and (word == "fail") == ("Traceback" in error)
-    assert word != "work" or 0.7 <= seconds < 1.4
+    assert word != "work" or 0.7 <= used < 1.4
