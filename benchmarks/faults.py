@@ -4,7 +4,7 @@ A tiny run is made once to its end. Then it begins anew in a fresh folder, and a
 drawn between the process's start and its usual end, in seconds of its own work. A fifth of the tries start a
 new Python ("cold"). The others are forked from this process, which has imported torch already ("warm"): that
 saves most of the time. The run that goes on with --resume must have the same CSV and weights, but for time
-and memory. Where nothing was saved yet, --resume names what to do instead, and that must have the same result.
+and memory. Where nothing was saved yet, --resume names what to do instead, and that must give the same.
 A benchmark that was broken off goes on behind the last row of --out.
 Left out: a machine that loses power, several processes, GPUs.
 Run: python benchmarks/faults.py
