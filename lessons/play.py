@@ -8,7 +8,7 @@ import importlib.util
 import sys
 
 if importlib.util.find_spec("marimo") is None:
-    print("error: lessons/play.py is a marimo notebook, and marimo isn't installed: wanted the package marimo: "
+    print("error: the notebook lessons/play.py needs the package 'marimo', which isn't installed: "
           "pip install '.[notebook]', then marimo edit lessons/play.py", file=sys.stderr)
     sys.exit(2)
 
@@ -39,7 +39,7 @@ def _():
 
     Four parts: the advantage, the clip, the KL penalty, and a run. Guess first, then move a slider.
     """)
-    return (CHOICES, OBJECTIVES, copy, group_advantage, grpo_loss, kl_penalty, micro, mo, plt, replace, torch)
+    return CHOICES, OBJECTIVES, copy, group_advantage, grpo_loss, kl_penalty, micro, mo, plt, replace, torch
 
 
 @app.cell(hide_code=True)
@@ -83,8 +83,8 @@ def _(mo):
     mo.vstack([mo.md("""
     ## 2. The ratio, the clip and the slope
 
-    One token. The policy climbs min(r·A, clip(r, 1−ε, 1+ε)·A). The slope is the gradient with respect to the
-    token's log-probability; where the clip acts, it is 0.
+    One token. The policy climbs min(r·A, clip(r, 1−ε, 1+ε)·A). The slope is the gradient with respect to
+    the token's log-probability. Where the clip acts, it is 0.
 
     - Put r at 1. Is the slope 0 there?
     - For which sign of A does the clip act above 1+ε? And below 1−ε?
@@ -94,19 +94,17 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(OBJECTIVES, eps, grpo_loss, mo, plt, ratio, replace, token_adv, torch):
-    def surrogate_of(ratios):
-        """grpo_loss's own objective of single tokens, and its slope: (n,) -> (n,), (n,)."""
-        logp = ratios.log().view(-1, 1, 1).requires_grad_(True)  # (B, G, T) with one answer of one token
-        old = torch.zeros_like(logp)
+    def surrogate_of(r):
+        """grpo_loss's objective of one token, and its slope in the token's log-probability."""
+        logp = torch.full((1, 1, 1), float(r)).log().requires_grad_(True)  # (B, G, T)
         row = replace(OBJECTIVES["grpo"], eps_low=eps.value, eps_high=eps.value, beta=0.0)
-        each = [grpo_loss(x[None], o[None], o[None], torch.full((1, 1), float(token_adv.value)),
-                          torch.ones(1, 1, 1, dtype=torch.bool), row)[0] for x, o in zip(logp, old)]
-        slope = torch.autograd.grad(torch.stack(each).sum(), logp)[0].flatten()
-        return -torch.stack(each).detach(), -slope
+        old, mask = torch.zeros(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool)
+        loss, _ = grpo_loss(logp, old, old, torch.full((1, 1), float(token_adv.value)), mask, row)
+        return -loss.item(), 0.0 - torch.autograd.grad(loss, logp)[0].item()
 
     _grid = torch.linspace(0.4, 1.8, 141)
-    _curve, _slopes = surrogate_of(_grid)
-    surrogate, slope = (x.item() for x in surrogate_of(torch.tensor([float(ratio.value)])))
+    _curve, _slopes = zip(*map(surrogate_of, _grid))
+    surrogate, slope = surrogate_of(ratio.value)
     _figure, _axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
     _axes.plot(_grid, _curve, color="#0072B2", label="surrogate")
     _axes.plot(_grid, _slopes, color="#D55E00", linestyle="--", label="slope")
@@ -114,7 +112,8 @@ def _(OBJECTIVES, eps, grpo_loss, mo, plt, ratio, replace, token_adv, torch):
     _axes.axvspan(1 - eps.value, 1 + eps.value, color="#EEEEEE", zorder=0, label="1−ε to 1+ε")
     _axes.set_xlabel("ratio r")
     _axes.legend()
-    mo.vstack([_figure, mo.md(f"At r = {ratio.value:.2f}: surrogate **{surrogate:+.2f}**, slope **{slope:+.2f}**.")])
+    _said = f"At r = {ratio.value:.2f}: surrogate **{surrogate:+.2f}**, slope **{slope:+.2f}**."
+    mo.vstack([_figure, mo.md(_said)])
     return slope, surrogate
 
 
@@ -126,8 +125,8 @@ def _(mo):
     mo.vstack([mo.md("""
     ## 3. β and three estimators of the KL
 
-    π₀ draws three tokens with equal probability, and π leans to one side. An estimator sees only drawn tokens.
-    The exact KL adds up all three. The bars are one standard error to each side.
+    π₀ draws three tokens with equal probability, and π leans to one side. An estimator sees only tokens that
+    π has drawn. The exact KL adds up all three. A bar is one standard error to each side.
 
     - Which estimator is unbiased? Which one can be negative? Which one has the least spread?
     - The last two columns are the slope of β·k as a loss, in expectation. k1's is 0: it pulls nowhere.
@@ -144,7 +143,7 @@ def _(beta, draws, kl_penalty, mo, plt, tilt, torch):
     _kl = (_logp.exp() * (_logp - _ref)).sum()  # KL(π‖π₀)
     kl_exact = _kl.item()
     _want = torch.autograd.grad(_kl, _logits, retain_graph=True)[0].norm().item()
-    _tokens = torch.multinomial(_pi, draws.value, replacement=True, generator=torch.Generator().manual_seed(0))
+    _tokens = torch.multinomial(_pi, draws.value, True, generator=torch.Generator().manual_seed(0))
     _rows, kl_mean = [], {}
     _figure, _axes = plt.subplots(figsize=(7, 2.2), layout="constrained")
     for _name in ("k1", "k2", "k3"):
@@ -156,7 +155,8 @@ def _(beta, draws, kl_penalty, mo, plt, tilt, torch):
         _pull = torch.autograd.grad((_pi * _each).sum(), _logits, retain_graph=True)[0].norm().item()
         _rows.append({"estimator": _name, "mean of the draws": f"{_seen.mean():.3f}",
                       "expectation": f"{kl_mean[_name]:.3f}", "exact KL": f"{kl_exact:.3f}",
-                      "slope of β·k": f"{beta.value * _pull:.4f}", "slope of β·KL": f"{beta.value * _want:.4f}"})
+                      "slope of β·k": f"{beta.value * _pull:.4f}",
+                      "slope of β·KL": f"{beta.value * _want:.4f}"})
     _axes.axvline(kl_exact, color="#D55E00", linestyle="--", label="exact KL(π‖π₀)")
     _axes.set_xlabel("nats a token")
     _axes.invert_yaxis()
@@ -224,8 +224,8 @@ def _(history, mo, one_step, plt, step):
         _axes.set_xlabel("step")
         _axes.set_ylabel(_label)
     _shown = history[step.value - 1]
-    mo.vstack([_figure, mo.md(f"Step {step.value}: mean reward **{_shown['reward']:.3f}**, KL **{_shown['kl']:.3f}**."),
-               mo.ui.table(_shown["group"], selection=None)])
+    _said = f"Step {step.value}: mean reward **{_shown['reward']:.3f}**, KL **{_shown['kl']:.3f}**."
+    mo.vstack([_figure, mo.md(_said), mo.ui.table(_shown["group"], selection=None)])
     return
 
 
