@@ -97,7 +97,8 @@ def solve(blocks, folder, seed=0):
     printed = ""
     for kind, code in blocks:
         if kind == "diff":
-            done = subprocess.run(["git", "apply", "-"], input=code, cwd=folder, capture_output=True, text=True)
+            done = subprocess.run(["git", "apply", "-"], input=code, cwd=folder, capture_output=True,
+                                  text=True)
             assert done.returncode == 0, f"the patch doesn't fit: {done.stderr}"
         elif kind == "bash":
             for line in code.replace("\\\n", "").splitlines():

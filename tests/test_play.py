@@ -1,4 +1,4 @@
-"""lessons/play.py, the marimo notebook: its numbers against grpo.py, an export, and what it says without marimo."""
+"""lessons/play.py, the marimo notebook: its numbers against grpo.py, an export, a run without marimo."""
 import re
 import subprocess
 import sys
@@ -29,8 +29,8 @@ def export(source, folder):
 
 
 def test_without_marimo_one_line_says_what_to_install(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FALSE_MARIMO, str(NOTEBOOK)], cwd=tmp_path, env=environment(),
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FALSE_MARIMO, str(NOTEBOOK)], cwd=tmp_path,
+                          env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and not done.stdout
     assert re.fullmatch(r"error: .*marimo.*pip install '\.\[notebook\]'.*\n", done.stderr)
     assert not list(tmp_path.iterdir())
@@ -56,7 +56,8 @@ def test_its_numbers_are_grpos(monkeypatch):
     by_hand = [(r - 0.5625) / ((0.296875 / 3)**0.5 + 1e-4) for r in (0.25, 0.5, 0.5, 1.0)]
     assert found["adv"].tolist() == pytest.approx(by_hand, abs=1e-5)
     assert found["adv"].tolist() == pytest.approx(found["group_advantage"](reward)[0].tolist(), abs=1e-6)
-    assert found["surrogate"] == pytest.approx(1.2) and found["slope"] == 0  # r = 1.3, ε = 0.2, A = 1: clipped
+    # r = 1.3, ε = 0.2, A = 1: the clip acts
+    assert found["surrogate"] == pytest.approx(1.2) and found["slope"] == 0
     # π ∝ e, 1, 1/e and π₀ uniform: KL = log 3 - H(π)
     e = found["torch"].tensor([1.0, 0.0, -1.0], dtype=found["torch"].float64).softmax(0)
     kl = (e * (e * 3).log()).sum().item()
