@@ -102,7 +102,7 @@ def _(OBJECTIVES, eps, grpo_loss, mo, plt, ratio, replace, token_adv, torch):
         loss, _ = grpo_loss(logp, old, old, torch.full((1, 1), float(token_adv.value)), mask, row)
         return -loss.item(), 0.0 - torch.autograd.grad(loss, logp)[0].item()
 
-    _grid = torch.linspace(0.4, 1.8, 141)
+    _grid = torch.linspace(0.4, 1.8, 140)  # no point lies on a corner, where torch halves the slope
     _curve, _slopes = zip(*map(surrogate_of, _grid))
     surrogate, slope = surrogate_of(ratio.value)
     _figure, _axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
@@ -129,7 +129,8 @@ def _(mo):
     π has drawn. The exact KL adds up all three. A bar is one standard error to each side.
 
     - Which estimator is unbiased? Which one can be negative? Which one has the least spread?
-    - The last two columns are the slope of β·k as a loss, in expectation. k1's is 0: it pulls nowhere.
+    - The last two columns are the slope of β·k as a loss, in expectation. k1's is 0: it pulls nowhere. k3's
+      is that of KL(π₀‖π).
     """), tilt, draws, beta])
     return beta, draws, tilt
 
@@ -203,7 +204,8 @@ def _(mo):
     ## 4. A run, step by step
 
     The policy of `micro_grpo.py`, after its supervised start, learns to sort four digits. Move the slider to
-    the right: the missing steps are computed, about ten a second. Move it back to see an earlier step.
+    the right: the missing steps are computed, each in about a tenth of a second. Move it back to see an
+    earlier step.
 
     The table is one group. Its last column says by what factor the update changed an answer's probability.
 
