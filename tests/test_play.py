@@ -58,6 +58,8 @@ def test_its_numbers_are_grpos(monkeypatch):
     assert found["adv"].tolist() == pytest.approx(found["group_advantage"](reward)[0].tolist(), abs=1e-6)
     # r = 1.3, ε = 0.2, A = 1: the clip acts
     assert found["surrogate"] == pytest.approx(1.2) and found["slope"] == 0
+    assert found["surrogate_of"](1.1) == pytest.approx((1.1, 1.1))  # inside of the clip r·A climbs with r·A
+    assert found["surrogate_of"](0.5) == pytest.approx((0.5, 0.5))  # A > 0: no clip below 1 - ε
     # π ∝ e, 1, 1/e and π₀ uniform: KL = log 3 - H(π)
     e = found["torch"].tensor([1.0, 0.0, -1.0], dtype=found["torch"].float64).softmax(0)
     kl = (e * (e * 3).log()).sum().item()
