@@ -34,6 +34,8 @@ def _():
     from grpo import CHOICES, OBJECTIVES, group_advantage, grpo_loss, kl_penalty
 
     torch.set_num_threads(1)  # The tensors are tiny: a second thread costs more than it saves.
+    if mo.app_meta().mode == "script":  # python lessons/play.py: the cells run, and nobody sees them
+        print("this notebook is read in a browser: marimo edit lessons/play.py")
     mo.md("""
     # GRPO, to play with
 
@@ -167,7 +169,7 @@ def _(beta, draws, kl_penalty, mo, plt, tilt, torch):
 
 
 @app.cell(hide_code=True)
-def _(copy, micro, torch):
+def _(copy, micro, mo, torch):
     torch.manual_seed(0)
     policy = micro.Policy()
     examples, _ = micro.make_examples()
@@ -194,11 +196,6 @@ def _(copy, micro, torch):
         return {"reward": reward.mean().item(), "kl": kl.item(), "group": group}
 
     history = []
-    return history, one_step
-
-
-@app.cell(hide_code=True)
-def _(mo):
     step = mo.ui.slider(1, 100, 1, 3, show_value=True, debounce=True, full_width=True, label="step")
     mo.vstack([mo.md("""
     ## 4. A run, step by step
@@ -212,7 +209,7 @@ def _(mo):
     - Which answers become more likely? Look at the sign of the advantage.
     - Does an answer with advantage 0 keep its probability? It shares its tokens' weights with the others.
     """), step])
-    return (step,)
+    return history, one_step, step
 
 
 @app.cell(hide_code=True)

@@ -42,7 +42,7 @@ def test_the_extra_that_it_names_brings_marimo():
 
 
 @pytest.mark.slow
-def test_its_numbers_are_grpos(monkeypatch):
+def test_its_numbers_are_grpos(monkeypatch, capsys):
     pytest.importorskip("marimo")
     monkeypatch.setattr(sys, "path", list(sys.path))
     import importlib.util
@@ -50,6 +50,7 @@ def test_its_numbers_are_grpos(monkeypatch):
     play = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(play)
     _, found = play.app.run()
+    assert capsys.readouterr().out == "this notebook is read in a browser: marimo edit lessons/play.py\n"
     reward = found["torch"].tensor([[0.25, 0.5, 0.5, 1.0]])
     assert found["rewards"].value == reward[0].tolist()
     # by hand: the mean is 0.5625 and the unbiased standard deviation √(0.296875 / 3)
