@@ -141,6 +141,22 @@ def test_every_number_lies_in_its_range_on_the_page():
             assert all(number(low) <= value <= number(high) for value in values), line
 
 
+def test_the_unchanged_file_is_outside_of_the_tables():
+    """Else a solution without its change would pass: of each table, a row that all three seeds miss."""
+    texts = exercises()
+    rows = re.findall(r"^\| `(.*?)` \| .* \| (.*?) \|$", texts[0], re.MULTILINE)
+    plain = {name: [number(value) for value in seen.split(", ")] for name, seen in rows}
+    compared = 0
+    for given in (1, 2, 3, 4, 6):
+        for table in tables(texts[given]):
+            shared = plain.keys() & table.keys()
+            compared += bool(shared)
+            missed = [name for name in shared
+                      if not any(table[name][0] <= value <= table[name][1] for value in plain[name])]
+            assert missed or not shared, f"exercise {given}: {table}"
+    assert compared == 6
+
+
 # ---- the solutions ----
 SECONDS = {8, 9, 10}  # exercises that take no longer than a second; the others train something
 
