@@ -177,6 +177,7 @@ def test_the_parser_of_commands_is_strict():
     bad = ["python sft.py --no_such_flag 1", "python no_such.py", "make no_such", "python -m vision.no_such",
            "torchrun -m vision.vlm_grpo --no_such 1", "bash benchmarks/results.sh no_such",
            "pip install '.[no_such]'", "pytest tests/no_such.py", "no_such_program",
+           "marimo edit lessons/no_such.py", "marimo no_such lessons/play.py",
            "python sft.py --steps x",
            "make test && python sft.py --no_such_flag 1"]
     assert {line: what_is_wrong(line) for line in good} == dict.fromkeys(good)
@@ -250,6 +251,8 @@ def wrong_command(words):
         return wrong_bash(rest)
     if name == "pytest":
         return wrong_pytest(rest)
+    if name == "marimo":
+        return wrong_marimo(rest)
     if name == "pip":
         return wrong_pip(rest)
     return f"{name}: the test knows no such command"
@@ -266,6 +269,11 @@ def wrong_bash(rest):
 def wrong_pytest(rest):
     odd = [w for w in rest if w.startswith("tests/") and not (ROOT / w.partition("::")[0]).exists()]
     return f"there is no {', '.join(odd)}" if odd else None
+
+
+def wrong_marimo(rest):
+    good = len(rest) == 2 and rest[0] in ("edit", "run") and (ROOT / rest[1]).is_file()
+    return None if good else f"marimo {' '.join(rest)}: wanted edit or run, and a notebook"
 
 
 def wrong_pip(rest):
