@@ -223,6 +223,9 @@ def attempt(name, number, moment, folder, whole, cold):
 
 def main(args):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    for number in utils.STOPS:  # a job in the background ignores Ctrl-C, and its tries would inherit that
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     warm_up()
     with open(args.out, "a+", newline="", buffering=1) as file:  # a row a line, at once
         file.seek(0)
