@@ -101,7 +101,8 @@ def steady(stream, number):
 
 script = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()
 root = Path(__file__).resolve().parent.parent
-if script.parent in (root, root / "vision", root / "benchmarks"):  # not in a program that imports a part
+folders = root, root / "vision", root / "lessons", root / "benchmarks"
+if script.parent in folders:  # not in a program that imports a part
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # a closed stream's number must not become a data file's
     os.close(number)
