@@ -2,39 +2,34 @@
 
 Met in: trl#2703, trl#3452, open-r1#239.
 Trap: with one update a rollout every ratio is 1, and a group's advantages add up to 0. So the loss is β·KL,
-whether the policy learns or not. It says nothing; it even rises as the policy leaves π₀.
+whether the policy learns or not. It even rises as the policy learns and leaves π₀.
 Failure: logp_old keeps its gradient, so that the ratio's gradient cancels. The loss looks the same.
-Cure: logp_old is detached. Watch reward and grad_norm, never the loss.
+Cure: logp_old is detached. Watch reward and grad_norm, not the loss.
 What tells them apart: grad_norm at the first step.
 Run: python lessons/01_loss_is_zero.py
 """
 import copy
 
-from shared import show, tiny_policy
+from shared import log_prob, rollout, show, tiny_policy
 
 import torch
 
-from generate import generate, score
 from grpo import plain_grpo
 
-B, G, P, T, STEPS = 8, 8, 4, 6, 40
+STEPS = 40
 
 
 def train(detach):
-    """Answers of tokens below 6 earn most. -> loss, reward and grad_norm of each step."""
     policy = tiny_policy(seed=0)
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     curves = {"loss": [], "reward": [], "grad_norm": []}
     for _ in range(STEPS):
-        prompts = torch.randint(12, (B, P), generator=generator)
-        tokens, _, mask = generate(policy, prompts, T, G, generator=generator)  # (B·G, P + T)
-        reward = (tokens[:, P:] < 6).float().mean(1).view(B, G)
-        logp = score(policy, tokens, P)[0].view(B, G, T)
-        logp_ref = score(reference, tokens, P)[0].view(B, G, T)
+        tokens, reward, _, mask = rollout(policy, generator)
+        logp = log_prob(policy, tokens)  # (B, G, T)
         logp_old = logp.detach() if detach else logp
-        loss = plain_grpo(reward, logp, logp_old, logp_ref, mask.view(B, G, T))
+        loss = plain_grpo(reward, logp, logp_old, log_prob(reference, tokens), mask)
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

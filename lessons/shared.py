@@ -14,18 +14,38 @@ import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wa
 
 import torch  # noqa: E402
 
+from generate import generate, score  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from utils.cli import atomic_write, die  # noqa: E402
 
 torch.set_num_threads(1)  # The tensors are tiny: a second thread costs more than it saves.
+B, G, P, T, VOCAB = 8, 8, 4, 6, 12  # prompts, answers to each, tokens of a prompt and of an answer
 
 
-def tiny_policy(seed, vocab_size=12, block_size=16, dropout=0.0):
+# ---- a task that a tiny policy learns in seconds ----
+def tiny_policy(seed, vocab_size=VOCAB, block_size=16, dropout=0.0):
     """An untrained GPT of one block, in eval mode; the global generator starts from the seed."""
     torch.manual_seed(seed)
     return GPTConfig(vocab_size, block_size, n_layer=1, n_head=2, n_embd=32, dropout=dropout).build().eval()
 
 
+def rollout(policy, generator, temperature=1.0):
+    """Answers to random prompts -> tokens (B·G, P + T), reward (B, G), logp_old and mask (B, G, T).
+
+    An answer earns the share of its tokens that are below 6. An untrained policy earns about 0.5.
+    """
+    prompts = torch.randint(VOCAB, (B, P), generator=generator)
+    tokens, logp_old, mask = generate(policy, prompts, T, G, temperature, generator=generator)
+    reward = (tokens[:, P:] < 6).float().mean(1)
+    return tokens, reward.view(B, G), logp_old.view(B, G, T), mask.view(B, G, T)
+
+
+def log_prob(policy, tokens, temperature=1.0):
+    """Of the answers: tokens (B·G, P + T) -> (B, G, T)."""
+    return score(policy, tokens, P, temperature)[0].view(B, G, T)
+
+
+# ---- the table and the figure ----
 def shown(x):
     """A number with three digits; a curve as its first and its last number."""
     return f"{x[0]:.3g} -> {x[-1]:.3g}" if isinstance(x, list) else f"{x:.3g}"
