@@ -10,7 +10,7 @@ Run: python lessons/01_loss_is_zero.py
 """
 import copy
 
-from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds what follows
+from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds all below
 import torch
 from grpo import plain_grpo
 

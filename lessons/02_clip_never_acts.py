@@ -10,7 +10,7 @@ Run: python lessons/02_clip_never_acts.py
 """
 from dataclasses import replace
 
-from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds what follows
+from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds all below
 import torch
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 

@@ -8,7 +8,7 @@ Cure: generate(…, group_size=G) keeps a group's answers side by side. Then a g
 What tells them apart: the correlation of the advantage with what the prompt is worth. It must be 0.
 Run: python lessons/04_mixed_groups.py
 """
-from shared import B, G, P, T, VOCAB, adam, log_prob, show, tiny_policy, update  # first: it finds what follows
+from shared import B, G, P, T, VOCAB, adam, log_prob, show, tiny_policy, update  # first: it finds all below
 import torch
 from generate import generate
 from grpo import OBJECTIVES, group_advantage, grpo_loss

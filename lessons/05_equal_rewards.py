@@ -1,8 +1,8 @@
 """The answers of every group earn the same. Nothing is learnt, or the policy jumps.
 
 Met in: trl#3857 (nothing), NeMo-RL#4161 (a jump).
-Trap: such a group says nothing about its answers, so its advantage must be 0. But in float32 the mean of equal
-numbers can miss them by a rounding error. A tiny std makes it larger, and Adam makes of any gradient a step.
+Trap: such a group says nothing about its answers, so its advantage must be 0. But in float32 the mean of
+equal numbers can miss them by a rounding error. The tiny std enlarges it, and Adam enlarges any gradient.
 Failure: the textbook's formula. Every reward is 0.35, and the policy moves as far as with real rewards.
 Cure: subtract one of the rewards before the mean, as group_advantage does. Equal rewards give exactly 0.
 What tells them apart: the KL to the start after 30 updates. frac_zero_std is 1 where nothing can be learnt.
@@ -10,7 +10,7 @@ Run: python lessons/05_equal_rewards.py
 """
 import copy
 
-from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds what follows
+from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds all below
 import torch
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 

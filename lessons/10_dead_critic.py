@@ -8,7 +8,7 @@ Cure: the critic reads the answers again in the update: value_loss(value, value_
 What tells them apart: explained_variance, 0 for a critic that knows nothing and 1 for one that knows all.
 Run: python lessons/10_dead_critic.py
 """
-from shared import P, adam, log_prob, rollout, show, tiny_policy, update  # first: it finds what follows
+from shared import P, adam, log_prob, rollout, show, tiny_policy, update  # first: it finds all below
 import torch
 from ppo import ValueModel, gae, ppo_policy_loss, token_reward, value_loss, whiten
 
@@ -16,7 +16,7 @@ UPDATES = 60
 
 
 def train(detached):
-    """The reward of lesson 1, about 0.5, less 1, plus 1 if the prompt ends below 6: a critic can know this."""
+    """The reward of lesson 1, less 1, plus 1 if the prompt ends below 6. A critic can know this part."""
     policy = tiny_policy(seed=0)
     critic = ValueModel(policy.config)
     optimizer = adam(policy, lr=1e-4)
