@@ -8,7 +8,7 @@ Cure: the mask goes by position, as generate gives it: true up to the stop, and 
 What tells them apart: the share of answers that end before max_new, after 25 updates.
 Run: python lessons/07_stop_not_scored.py
 """
-from shared import P, adam, show, tiny_policy, update  # first: it finds all below
+from shared import P, note, show, start, update  # first: it finds all below
 import torch
 from generate import generate, score
 from grpo import OBJECTIVES, group_advantage, grpo_loss
@@ -18,10 +18,8 @@ B, G, VOCAB, STOP, MAX_NEW, UPDATES = 4, 16, 64, 0, 8, 25
 
 def train(by_id):
     """An answer earns 1 for its stop and 1/8 for each token from 1 to 31. Stops are rare at the start."""
-    policy = tiny_policy(seed=0, vocab_size=VOCAB)
-    optimizer = adam(policy, lr=3e-3)
-    generator = torch.Generator().manual_seed(0)
-    curves = {"share that ended": [], "length": []}
+    policy, optimizer, generator = start(seed=0, lr=3e-3, vocab_size=VOCAB)
+    curves = {}
     for _ in range(UPDATES):
         prompts = torch.randint(1, VOCAB, (B, P), generator=generator)
         tokens, logp_old, mask = generate(policy, prompts, MAX_NEW, G, stop=[(STOP,)], generator=generator)
@@ -34,8 +32,7 @@ def train(by_id):
         loss, _ = grpo_loss(logp, logp_old, logp_old, group_advantage(reward.view(B, G)), scored,
                             OBJECTIVES["dr_grpo"])
         update(optimizer, loss)
-        curves["share that ended"].append(ended.mean().item())
-        curves["length"].append(mask.sum(1).float().mean().item())
+        note(curves, share_ended=ended.mean(), length=mask.sum(1).float().mean())
     return curves
 
 

@@ -47,6 +47,18 @@ def adam(policy, lr):
     return torch.optim.AdamW(policy.parameters(), lr, weight_decay=0.0)
 
 
+def start(seed, lr, **config):
+    """What a run begins with -> tiny policy, its optimizer, the generator of its draws."""
+    policy = tiny_policy(seed, **config)
+    return policy, adam(policy, lr), torch.Generator().manual_seed(seed)
+
+
+def note(curves, **numbers):
+    """Adds a step's numbers to their curves."""
+    for name, x in numbers.items():
+        curves.setdefault(name, []).append(x.item())
+
+
 def update(optimizer, loss):
     """One step of the optimizer -> the gradient's norm before it was clipped to 1."""
     optimizer.zero_grad()
