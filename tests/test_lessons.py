@@ -18,9 +18,14 @@ def rows(path):
     """A lesson's {row: {column: number}}, computed once a process."""
     sys.path.insert(0, str(ROOT / "lessons"))
     try:
-        return runpy.run_path(str(path))["lesson"]()
+        result = runpy.run_path(str(path))["lesson"]()
     finally:
         sys.path.remove(str(ROOT / "lessons"))
+    assert {"failure", "cure"} <= {name.partition(": ")[0] for name in result}
+    cells = [cell for row in result.values() for cell in row.values()]
+    numbers = [x for cell in cells for x in (cell if isinstance(cell, list) else [cell])]
+    assert numbers and all(isinstance(x, (int, float)) for x in numbers)
+    return result
 
 
 def row(number, begin):
@@ -61,6 +66,7 @@ def test_03_kl_that_does_nothing():
         assert row(3, name)[kl][-1] < 0.05 * cure[kl][0]
 
 
+@pytest.mark.slow
 def test_04_mixed_groups():
     failure, cure = both(4)
     assert min(failure["correlation"]) > 0.9 and max(map(abs, cure["correlation"])) < 1e-6
@@ -112,12 +118,10 @@ def test_10_dead_critic():
 
 # ---- what all of them keep ----
 @every_lesson
-def test_a_lesson_has_a_failure_a_cure_and_numbers(path):
-    kinds = [name.partition(": ")[0] for name in rows(path)]
-    assert "failure" in kinds and "cure" in kinds
-    for row in rows(path).values():
-        numbers = [x for cell in row.values() for x in (cell if isinstance(cell, list) else [cell])]
-        assert numbers and all(isinstance(x, (int, float)) for x in numbers)
+def test_a_lesson_has_a_test_of_its_number(path):
+    """Each lesson runs in that test alone: rows() also checks what all of them return."""
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_lessons*.py"))
+    assert re.search(rf"^def test_{path.stem}\(", tests, re.MULTILINE)
 
 
 @every_lesson
@@ -133,6 +137,7 @@ def run(*words, cwd):
                           text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_lesson_runs_from_any_folder_and_draws(tmp_path):
     done = run(LESSONS[0], "--plot", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
