@@ -102,6 +102,7 @@ def figure(rows, path):
                 if isinstance(row.get(column), list):
                     ax.plot(row[column], color=COLORS[k % 7], linestyle=DASHES[k % 5], label=name)
                     ax.set_xlabel("step")
+                    ax.locator_params(axis="x", integer=True)
                 elif column in row:
                     ax.bar(k, row[column], color=COLORS[k % 7], label=name)
                     ax.set_xticks([])
