@@ -19,7 +19,8 @@ GROUPS = {  # name: (what belongs to it, most lines of all together)
     "text and utils": (["*.py", "utils/*.py"], 5750),
     "CNN, ViT, CLIP and what they share": (["clip_grpo.py", "vision/*.py", "vision/clip/*.py"], 2100),
     "class to image": (["vision/c2i_grpo.py", "vision/c2i/*.py"], 1300),
-    "vision-language": (["vision/vlm_grpo.py", "vision/vlm/*.py"], 700)}
+    "vision-language": (["vision/vlm_grpo.py", "vision/vlm/*.py"], 700),
+    "lessons": (["lessons/*.py"], 1000)}
 APART = {"text and utils": ["clip_grpo.py"],
          "CNN, ViT, CLIP and what they share": ["vision/c2i_grpo.py", "vision/vlm_grpo.py"]}
 
@@ -43,6 +44,11 @@ def test_a_room_is_as_small_as_the_design_wants(path):
 def test_no_other_file_is_long(path):
     most = 250 if "/" not in path and path != "clip_grpo.py" else 300
     assert lines(path) <= most
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lessons").glob("[0-9]*.py")), ids=lambda path: path.name)
+def test_a_lesson_fits_a_screen(path):
+    assert lines(path) <= 60
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -125,7 +125,8 @@ def test_add_weighs_and_keeps_the_greatest():
 
 # ---- style ----
 def sources():
-    patterns = ("*.py", "utils/*.py", "vision/**/*.py", "tests/*.py", "benchmarks/*.py")
+    patterns = ("*.py", "utils/*.py", "vision/**/*.py", "lessons/*.py", "tests/*.py",
+                "benchmarks/*.py")
     return sorted(p for pattern in patterns for p in ROOT.glob(pattern))
 
 
@@ -139,8 +140,8 @@ def test_line_length(path):
 
 
 def test_files_open_with_what_they_are_and_how_to_run_them():
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lessons/*.py")]:
         doc = re.match(r'"""(.+?)"""', path.read_text(encoding="utf-8"), re.DOTALL)
         assert doc, path.name
-        assert re.search(r"^Run: python \w+\.py", doc[1],
+        assert re.search(r"^Run: (by a lesson, as in )?python (lessons/)?\w+\.py", doc[1],
                          re.MULTILINE), f"{path.name} doesn't say how to run it"

@@ -101,7 +101,7 @@ def steady(stream, number):
 
 script = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()
 root = Path(__file__).resolve().parent.parent
-if script.parent in (root, root / "vision", root / "benchmarks"):  # not in a program that imports a part
+if script.parent in [root / name for name in ("", "vision", "lessons", "benchmarks")]:  # no mere importer
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # a closed stream's number must not become a data file's
     os.close(number)
