@@ -1,0 +1,65 @@
+"""No error, no reward: the model answers, and never rightly. What did it read, and what could it say?
+
+Met in: CoursIA#11304.
+Trap: a chat model was taught within a template. Without it a question is text of another kind.
+Failure: the question is encoded as it is. Or max_new ends each answer before its result.
+Cure: the template around the question, and room for the whole answer. Print one prompt as the model sees it.
+What tells them apart: the share of right answers, and the share of answers that max_new cut.
+Run: python lessons/19_no_chat_template.py
+"""
+from types import SimpleNamespace
+
+from shared import show
+
+import torch
+
+from generate import sample_texts, score
+from model import GPTConfig
+from tasks import Task, last
+from techniques import cut_off
+from utils.text import as_prompts
+from utils.tokenizer import Tokenizer
+
+ROWS = [{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x in range(1, 10) for y in range(1, 10) if x + y > 9]
+TASK = Task(None, last("[0-9]+"))
+
+
+class Chat(Tokenizer):
+    def prompt(self, text, short=None):
+        return f"user: {text}\nbot: "
+
+
+def chat_model(tokenizer):
+    """A GPT that learns, within the template, to answer with a sentence and a blank line."""
+    torch.manual_seed(0)
+    model = GPTConfig(tokenizer.vocab_size, 40, n_layer=1, n_head=4, n_embd=64).build()
+    tokens = torch.tensor([tokenizer.encode_prompt(row["prompt"]) +
+                           tokenizer.encode(f"that makes {row['answer']}.\n\n") for row in ROWS])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (-score(model, tokens, prompt_len=15)[0].mean()).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def ask(model, tokenizer, max_new):
+    prompts = as_prompts(ROWS, tokenizer, "the lesson")
+    tokens, _, mask, texts = sample_texts(model, tokenizer, prompts, max_new)
+    print(f"{prompts.texts[0]} is read as {tokenizer.prompt(prompts.texts[0])!r}, answered by {texts[0]!r}")
+    right = TASK.scores(texts, prompts.texts, **prompts.columns)
+    answers = SimpleNamespace(tokens=tokens[:, None], mask=mask[:, None])  # one answer a group
+    cut = cut_off(answers, tokenizer.stops, max_new)
+    return {"right": sum(right) / len(right), "cut": cut.float().mean().item()}
+
+
+def lesson():
+    letters = sorted(set("0123456789+=\nuser: bot: that makes."))
+    chat, plain = Chat("char", letters), Tokenizer("char", letters)
+    model = chat_model(chat)
+    return {"failure: no template": ask(model, plain, 20), "failure: max_new 8": ask(model, chat, 8),
+            "cure: template, max_new 20": ask(model, chat, 20)}
+
+
+if __name__ == "__main__":
+    show(lesson)

@@ -1,0 +1,65 @@
+"""The reward model's loss stops at a floor, and its accuracy too. What is left to learn?
+
+Met in: rlhf-book#503.
+Trap: a pair's answers begin alike. Cut to the greatest length, they are the same answer twice.
+Failure: such pairs stay. Each has the loss log 2 and the gradient 0, whatever the model says.
+Cure: cut first, then compare. reward_model.py leaves out equal pairs and says how many.
+What tells them apart: the loss after training, whose floor is log 2 times the share of identical pairs.
+Run: python lessons/20_identical_pairs.py
+"""
+import json
+import random
+import tempfile
+from pathlib import Path
+
+from shared import show, tiny_policy
+
+import torch
+import torch.nn.functional as F
+
+from reward import RewardModel
+from reward_model import read_pairs
+from utils.tokenizer import Tokenizer
+
+LETTERS, CUT, PAIRS = "abcdefghij!?", 16, 256  # the policy knows twelve tokens; an answer keeps CUT of them
+
+
+def rows():
+    """Answers share 4 to 27 letters. Then the better one ends in "!", the other in "?"."""
+    rng = random.Random(0)
+    for _ in range(PAIRS):
+        start = "".join(rng.choices(LETTERS[:10], k=rng.randrange(4, 28)))
+        yield {"prompt": "a", "chosen": f"{start}!", "rejected": f"{start}?"}
+
+
+def read(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pairs.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return read_pairs(str(path), Tokenizer("char", list(LETTERS)), block_size=32)
+
+
+def train(pairs):
+    """pairs: whole answers, or cut ones. They are cut here once more."""
+    tokens, mask = pairs.tokens[:, :, :1 + CUT], pairs.mask[:, :, :CUT]
+    identical = (tokens[:, 0] == tokens[:, 1]).all(1)
+    model, losses = RewardModel(tiny_policy(seed=0, block_size=32).config, pool="last"), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        chosen, rejected = model(tokens.flatten(0, 1), mask.flatten(0, 1)).view(-1, 2).unbind(1)
+        loss = -F.logsigmoid(chosen - rejected).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {"pairs": len(tokens), "identical": identical.float().mean().item(), "loss": losses,
+            "accuracy": (chosen > rejected).float().mean().item()}
+
+
+def lesson():
+    cut = [row | {name: row[name][:CUT] for name in ("chosen", "rejected")} for row in rows()]
+    return {"failure: read, then cut": train(read(rows())), "cure: cut, then read": train(read(cut))}
+
+
+if __name__ == "__main__":
+    show(lesson)
