@@ -2,8 +2,8 @@
 
 Met in: trl#3179, nanoGPT#467.
 Trap: weights alone look like a checkpoint. AdamW's averages and the place in the random numbers are lost.
-Failure: the seed is set at the start of the script, and only the weights are read again. The resumed run
-draws the prompts that the first steps have seen.
+Failure: one generator, seeded at the start, and only the weights are read again. The resumed run draws the
+prompts that the first steps have seen.
 Cure: the state holds weights, optimizer and step. A step's numbers follow from (seed, step) alone.
 What tells them apart: the distance of the last weights from an uninterrupted run's. It must be 0, bit for bit.
 Run: python lessons/15_resume_replays.py
@@ -19,25 +19,23 @@ from grpo import plain_grpo
 from utils.log import SHARED
 from utils.run import Run, step_generator
 
-STEPS, KILLED, SAVE_EVERY, SEED = 24, 14, 4, 0
+STEPS, KILLED = 24, 14
 
 
 def train(folder, by_step, resume=False, keep_optimizer=True, killed=STEPS):
-    """by_step: a step's numbers are its own. -> the steps' prompts, and the weights as one vector."""
-    args = sft.Args(log=f"{folder}/log.csv", out=folder, resume=resume, dtype="fp32", seed=SEED, steps=STEPS)
-    policy, optimizer = tiny_policy(SEED), None
+    """by_step: a step has random numbers of its own. -> the prompts of each step, the weights as one vector."""
+    args = sft.Args(log=f"{folder}/log.csv", out=folder, resume=resume, dtype="fp32", steps=STEPS)
+    policy, one, prompts = tiny_policy(seed=0), torch.Generator().manual_seed(0), []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
     fresh = optimizer.state_dict()
-    run = Run(args, SHARED, STEPS, torch.device("cpu"), "python sft.py", SAVE_EVERY)
+    run = Run(args, SHARED, STEPS, torch.device("cpu"), "python sft.py", save_every=4)
     run.hold({}, model=policy, optimizer=optimizer)
     if not keep_optimizer:
         optimizer.load_state_dict(fresh)
-    one, prompts = torch.Generator().manual_seed(SEED), []
     for step in run.steps():
-        if step == killed:  # as kill -9 does: nothing more is saved
+        if step == killed:  # as by kill -9: nothing more is saved
             return prompts, None
-        generator = step_generator(SEED, step) if by_step else one
-        tokens, reward, logp_old, mask = rollout(policy, generator)
+        tokens, reward, logp_old, mask = rollout(policy, step_generator(0, step) if by_step else one)
         prompts.append(tokens[:, :P].tolist())
         optimizer.zero_grad()
         plain_grpo(reward, log_prob(policy, tokens), logp_old, logp_old, mask).backward()
@@ -51,15 +49,14 @@ def resumed(by_step, keep_optimizer):
         _, whole = train(f"{folder}/whole", by_step)
         first, _ = train(f"{folder}/killed", by_step, killed=KILLED)
         rest, weights = train(f"{folder}/killed", by_step, True, keep_optimizer)
-    saved = first[:STEPS - len(rest)]  # the others are done again, which is right
+    saved = first[:STEPS - len(rest)]  # the steps behind the last checkpoint are done again
     return {"steps with old prompts": sum(prompts in saved for prompts in rest),
             "distance of the weights": ((weights - whole).norm() / whole.norm()).item()}
 
 
 def lesson():
-    return {"failure: weights alone": resumed(False, False), "cure: all three": resumed(True, True),
-            "compare: without the optimizer": resumed(True, False),
-            "compare: without the numbers": resumed(False, True)}
+    return {"failure: weights alone": resumed(False, False), "cure: all of the state": resumed(True, True),
+            "compare: no optimizer state": resumed(True, False)}
 
 
 if __name__ == "__main__":

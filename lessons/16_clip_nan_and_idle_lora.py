@@ -1,13 +1,12 @@
 """CLIP is NaN after one step. LoRA on it runs, and trains less than it says. Why?
 
 Met in: CLIP#40, CLIP#144, peft#761.
-Trap: openai-clip gives fp16 weights, and Adam's eps of 1e-8 is 0 in fp16. CLIP's attention reads the weight of
-its out_proj and never calls the module, so an adapter on that module is never read.
-Failure: Adam on fp16 weights, where a gradient of 0 gives 0/0. LoRA by the names of the modules.
-Cure: fp32 weights (bf16 only within autocast). vision/clip/lora.py splits the attention into layers that are
-called, and check_gradients() refuses an adapter that gets no gradient.
-What tells them apart: the share of weights that are NaN, and of adapters with a gradient.
-Needs: pip install '.[clip]'
+Trap: openai-clip has fp16 weights on a GPU, where Adam's eps of 1e-8 is 0. CLIP's attention reads out_proj's
+weight and never calls that module, so an adapter on it is idle.
+Failure: Adam on fp16 weights: a gradient of 0 gives 0/0. LoRA by the names of the modules.
+Cure: fp32 weights, bf16 only within autocast. vision/clip/lora.py splits the attention into layers that are
+called, and its check_gradients() refuses an idle adapter. It needs pip install '.[clip]'
+What tells them apart: the share of weights that are NaN, and the share of adapters with a gradient.
 Run: python lessons/16_clip_nan_and_idle_lora.py
 """
 import copy
@@ -21,13 +20,10 @@ from utils.cli import need
 from vision.clip import lora
 from vision.clip.model import SMALL, build, clip_package, config_of
 
-TARGETS = ["out_proj", "c_fc", "c_proj"]  # of each block: the attention's output and the MLP
 
-
-def train(model, images):
+def train(visual, images):
     """Five of Adam's steps on eight images, a class each; the tower's features are the logits."""
-    visual, losses = model.visual, []
-    optimizer = torch.optim.Adam(visual.parameters(), lr=1e-4)
+    optimizer, losses = torch.optim.Adam(visual.parameters(), lr=1e-4), []
     for _ in range(5):
         loss = F.cross_entropy(visual(images.to(visual.conv1.weight.dtype)).float(), torch.arange(8))
         optimizer.zero_grad()
@@ -39,21 +35,21 @@ def train(model, images):
 
 
 def adapters(visual, images):
-    visual(images).square().sum().backward()
-    b = [p.grad is not None and bool(p.grad.any()) for name, p in visual.named_parameters() if "lora_B" in name]
-    return {"adapters": len(b), "with a gradient": sum(b) / len(b)}
+    visual(images).square().sum().backward()  # the gradient of A is 0 at the start, since B is
+    busy = [p.grad is not None and bool(p.grad.any()) for n, p in visual.named_parameters() if "lora_B" in n]
+    return {"adapters": len(busy), "with a gradient": sum(busy) / len(busy)}
 
 
 def lesson():
     peft, clip = need("peft", "clip"), clip_package()
     torch.manual_seed(0)
     images, (model, _) = torch.rand(8, 3, 32, 32), build(config_of(SMALL, context_length=24))
-    half, visual = copy.deepcopy(model), copy.deepcopy(model.visual)
-    clip.model.convert_weights(half)  # what clip.load does on a GPU
-    by_name = peft.get_peft_model(copy.deepcopy(visual), peft.LoraConfig(target_modules=TARGETS))
-    split = lora.add_lora(visual)
+    whole, by_name, split = (copy.deepcopy(model.visual) for _ in range(3))
+    clip.model.convert_weights(model)  # what clip.load does on a GPU
+    by_name = peft.get_peft_model(by_name, peft.LoraConfig(target_modules=["out_proj", "c_fc", "c_proj"]))
+    split = lora.add_lora(split)
     lora.check_gradients(split, images)
-    return {"failure: fp16 weights": train(half, images), "cure: fp32 weights": train(model, images),
+    return {"failure: fp16 weights": train(model.visual, images), "cure: fp32 weights": train(whole, images),
             "failure: LoRA by name": adapters(by_name, images), "cure: attention split": adapters(split, images)}
 
 

@@ -18,28 +18,25 @@ from vision.bandit import draw
 from vision.cnn import Classifier, SmallCNN
 from vision.rewards import bandit
 
-IMAGES, CLASSES, G = 64, 4, 8
+LABEL = torch.arange(64) % 4  # of the 64 images of a batch: which corner is brighter
 
 
 def batch(generator):
-    """Noise with a bright corner, whose number is the label: (IMAGES, 3, 8, 8), (IMAGES,)."""
-    images, label = torch.rand(IMAGES, 3, 8, 8, generator=generator), torch.arange(IMAGES) % CLASSES
-    corners = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3)  # (IMAGES, 3, CLASSES, 4, 4)
-    brighter = torch.arange(CLASSES) == label[:, None]
-    corners = corners + brighter[:, None, :, None, None]
-    return corners.unflatten(2, (2, 2)).permute(0, 1, 2, 4, 3, 5).reshape(images.shape), label
+    """Noise with a brighter corner: (64, 3, 8, 8)."""
+    corners = torch.eye(4)[LABEL].view(64, 1, 2, 2)
+    return torch.rand(64, 3, 8, 8, generator=generator) + corners.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
 def train(net, force=False):
-    before = copy.deepcopy(net.state_dict())
+    """GRPO as in vision/cnn_grpo.py. force: the loss is told to have a gradient."""
+    before = torch.cat([p.detach().flatten() for p in net.parameters()])
     generator, rewards = torch.Generator().manual_seed(0), []
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.0)
     for step in range(100):
-        images, label = batch(generator)
-        logp_all = net(images).log_softmax(1)  # (IMAGES, CLASSES)
-        action = draw(logp_all.detach(), G, generator)
-        reward = bandit(action, label)
-        logp = logp_all.gather(1, action)[:, :, None]  # (IMAGES, G, 1)
+        logp_all = net(batch(generator)).log_softmax(1)  # (64, 4)
+        action = draw(logp_all.detach(), 8, generator)
+        reward = bandit(action, LABEL)
+        logp = logp_all.gather(1, action)[:, :, None]  # (64, 8, 1)
         loss, _ = grpo_loss(logp, logp.detach(), logp.detach(), group_advantage(reward),
                             torch.ones_like(logp), OBJECTIVES["dr_grpo"])
         optimizer.zero_grad()
@@ -48,15 +45,15 @@ def train(net, force=False):
             assert all(p.grad is not None and p.grad.any() for p in net.parameters())
         optimizer.step()
         rewards.append(reward.mean().item())
-    moved = torch.cat([(p != before[name]).flatten() for name, p in net.state_dict().items()])
+    moved = torch.cat([p.detach().flatten() for p in net.parameters()]) != before
     return {"weights that moved": moved.float().mean().item(), "reward": rewards}
 
 
 def lesson():
     torch.manual_seed(0)
-    average = copy.deepcopy(SmallCNN(CLASSES)).requires_grad_(False)  # as a file of ultralytics holds it
+    average = copy.deepcopy(SmallCNN(4)).requires_grad_(False)  # as a file of ultralytics holds it
     return {"failure: the loss is forced": train(copy.deepcopy(average), force=True),
-            "cure: unfrozen, asserted": train(Classifier(average, CLASSES))}
+            "cure: unfrozen, asserted": train(Classifier(average, 4))}
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from techniques import cut_off
 from utils.text import as_prompts
 from utils.tokenizer import Tokenizer
 
-ROWS = [{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x in range(1, 10) for y in range(1, 10) if x + y > 9]
-TASK = Task(None, last("[0-9]+"))
+ROWS = [{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x in range(1, 10) for y in range(10 - x, 10)]
+LETTERS = sorted(set("0123456789+=\nuser: bot: that makes."))
 
 
 class Chat(Tokenizer):
@@ -30,7 +30,7 @@ class Chat(Tokenizer):
 
 
 def chat_model(tokenizer):
-    """A GPT that learns, within the template, to answer with a sentence and a blank line."""
+    """A small GPT that learns, within the template, to answer by a sentence and a blank line."""
     torch.manual_seed(0)
     model = GPTConfig(tokenizer.vocab_size, 40, n_layer=1, n_head=4, n_embd=64).build()
     tokens = torch.tensor([tokenizer.encode_prompt(row["prompt"]) +
@@ -46,19 +46,17 @@ def chat_model(tokenizer):
 def ask(model, tokenizer, max_new):
     prompts = as_prompts(ROWS, tokenizer, "the lesson")
     tokens, _, mask, texts = sample_texts(model, tokenizer, prompts, max_new)
-    print(f"{prompts.texts[0]} is read as {tokenizer.prompt(prompts.texts[0])!r}, answered by {texts[0]!r}")
-    right = TASK.scores(texts, prompts.texts, **prompts.columns)
-    answers = SimpleNamespace(tokens=tokens[:, None], mask=mask[:, None])  # one answer a group
+    print(f"{tokenizer.decode(prompts.tokens[0].tolist())!r} -> {texts[0]!r}")
+    right = Task(None, last("[0-9]+")).scores(texts, prompts.texts, **prompts.columns)
+    answers = SimpleNamespace(tokens=tokens[:, None], mask=mask[:, None])  # groups of one answer
     cut = cut_off(answers, tokenizer.stops, max_new)
     return {"right": sum(right) / len(right), "cut": cut.float().mean().item()}
 
 
 def lesson():
-    letters = sorted(set("0123456789+=\nuser: bot: that makes."))
-    chat, plain = Chat("char", letters), Tokenizer("char", letters)
-    model = chat_model(chat)
-    return {"failure: no template": ask(model, plain, 20), "failure: max_new 8": ask(model, chat, 8),
-            "cure: template, max_new 20": ask(model, chat, 20)}
+    model = chat_model(chat := Chat("char", LETTERS))
+    return {"failure: no template": ask(model, Tokenizer("char", LETTERS), 20),
+            "failure: max_new 8": ask(model, chat, 8), "cure: template, max_new 20": ask(model, chat, 20)}
 
 
 if __name__ == "__main__":

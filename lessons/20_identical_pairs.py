@@ -4,7 +4,7 @@ Met in: rlhf-book#503.
 Trap: a pair's answers begin alike. Cut to the greatest length, they are the same answer twice.
 Failure: such pairs stay. Each has the loss log 2 and the gradient 0, whatever the model says.
 Cure: cut first, then compare. reward_model.py leaves out equal pairs and says how many.
-What tells them apart: the loss after training, whose floor is log 2 times the share of identical pairs.
+What tells them apart: the last loss. Its floor is log 2 times the share of identical pairs.
 Run: python lessons/20_identical_pairs.py
 """
 import json
@@ -21,26 +21,24 @@ from reward import RewardModel
 from reward_model import read_pairs
 from utils.tokenizer import Tokenizer
 
-LETTERS, CUT, PAIRS = "abcdefghij!?", 16, 256  # the policy knows twelve tokens; an answer keeps CUT of them
+CUT, PAIRS = 16, 256  # an answer keeps CUT tokens
 
 
-def rows():
-    """Answers share 4 to 27 letters. Then the better one ends in "!", the other in "?"."""
-    rng = random.Random(0)
+def read(cut):
+    """Answers share 4 to 27 letters. Then the better one ends in "!", the other in "?". -> Pairs."""
+    rng, lines = random.Random(0), []
     for _ in range(PAIRS):
-        start = "".join(rng.choices(LETTERS[:10], k=rng.randrange(4, 28)))
-        yield {"prompt": "a", "chosen": f"{start}!", "rejected": f"{start}?"}
-
-
-def read(rows):
+        start = "".join(rng.choices("abcdefghij", k=rng.randrange(4, 28)))
+        answers = {"chosen": f"{start}!"[:cut], "rejected": f"{start}?"[:cut]}
+        lines.append(json.dumps({"prompt": "a"} | answers))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pairs.jsonl")
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return read_pairs(str(path), Tokenizer("char", list(LETTERS)), block_size=32)
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return read_pairs(path, Tokenizer("char", list("abcdefghij!?")), block_size=32)
 
 
 def train(pairs):
-    """pairs: whole answers, or cut ones. They are cut here once more."""
+    """Whole answers are cut here, after they were compared."""
     tokens, mask = pairs.tokens[:, :, :1 + CUT], pairs.mask[:, :, :CUT]
     identical = (tokens[:, 0] == tokens[:, 1]).all(1)
     model, losses = RewardModel(tiny_policy(seed=0, block_size=32).config, pool="last"), []
@@ -57,8 +55,7 @@ def train(pairs):
 
 
 def lesson():
-    cut = [row | {name: row[name][:CUT] for name in ("chosen", "rejected")} for row in rows()]
-    return {"failure: read, then cut": train(read(rows())), "cure: cut, then read": train(read(cut))}
+    return {"failure: compare, then cut": train(read(cut=None)), "cure: cut, then compare": train(read(CUT))}
 
 
 if __name__ == "__main__":
