@@ -19,7 +19,7 @@ PAIRS, P, T, PAD = 600, 2, 12, 0  # a prompt has P tokens, the longest answer ha
 
 
 def answers():
-    """-> tokens (PAIRS, 2, P + T), mask (PAIRS, 2, T). The better answer has the greater share of low tokens."""
+    """-> tokens (PAIRS, 2, P + T), mask (PAIRS, 2, T). Better is the greater share of tokens below 6."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 12, (PAIRS, 2, P + T), generator=generator)
     length = torch.randint(3, T + 1, (PAIRS, 2), generator=generator)

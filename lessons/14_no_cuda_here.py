@@ -48,7 +48,7 @@ def train(device_of):
 def lesson():
     return {"failure: the device is assumed": train(lambda: MISSING),
             "cure: it is picked": train(pick_device),
-            "a missing one is asked for": train(lambda: pick_device(MISSING))}
+            "compare: a missing one asked for": train(lambda: pick_device(MISSING))}
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 Met in: trl#3179, nanoGPT#467.
 Trap: weights alone look like a checkpoint. AdamW's averages and the place in the random numbers are lost.
-Failure: one generator, seeded at the start, and only the weights are read again. The resumed run draws the
-prompts that the first steps have seen.
+Failure: one generator, seeded at the start; only the weights are read again. Old prompts are drawn once more.
 Cure: the state holds weights, optimizer and step. A step's numbers follow from (seed, step) alone.
-What tells them apart: the distance of the last weights from an uninterrupted run's. It must be 0, bit for bit.
+What tells them apart: the distance of the last weights from an uninterrupted run's. It must be exactly 0.
 Run: python lessons/15_resume_replays.py
 """
 import tempfile
@@ -16,22 +15,20 @@ import torch
 
 import sft
 from grpo import plain_grpo
-from utils.log import SHARED
 from utils.run import Run, step_generator
 
-STEPS, KILLED = 24, 14
+STEPS = 24
 
 
 def train(folder, by_step, resume=False, keep_optimizer=True, killed=STEPS):
-    """by_step: a step has random numbers of its own. -> the prompts of each step, the weights as one vector."""
+    """by_step: a step has random numbers of its own. -> each step's prompts, the weights as one vector."""
     args = sft.Args(log=f"{folder}/log.csv", out=folder, resume=resume, dtype="fp32", steps=STEPS)
     policy, one, prompts = tiny_policy(seed=0), torch.Generator().manual_seed(0), []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
-    fresh = optimizer.state_dict()
-    run = Run(args, SHARED, STEPS, torch.device("cpu"), "python sft.py", save_every=4)
+    new = optimizer.state_dict()
+    run = Run(args, sft.COLUMNS, STEPS, torch.device("cpu"), "python sft.py", save_every=4)
     run.hold({}, model=policy, optimizer=optimizer)
-    if not keep_optimizer:
-        optimizer.load_state_dict(fresh)
+    optimizer.load_state_dict(optimizer.state_dict() if keep_optimizer else new)
     for step in run.steps():
         if step == killed:  # as by kill -9: nothing more is saved
             return prompts, None
@@ -47,7 +44,7 @@ def train(folder, by_step, resume=False, keep_optimizer=True, killed=STEPS):
 def resumed(by_step, keep_optimizer):
     with tempfile.TemporaryDirectory() as folder:
         _, whole = train(f"{folder}/whole", by_step)
-        first, _ = train(f"{folder}/killed", by_step, killed=KILLED)
+        first, _ = train(f"{folder}/killed", by_step, killed=14)
         rest, weights = train(f"{folder}/killed", by_step, True, keep_optimizer)
     saved = first[:STEPS - len(rest)]  # the steps behind the last checkpoint are done again
     return {"steps with old prompts": sum(prompts in saved for prompts in rest),

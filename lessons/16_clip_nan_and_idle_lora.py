@@ -50,7 +50,8 @@ def lesson():
     split = lora.add_lora(split)
     lora.check_gradients(split, images)
     return {"failure: fp16 weights": train(model.visual, images), "cure: fp32 weights": train(whole, images),
-            "failure: LoRA by name": adapters(by_name, images), "cure: attention split": adapters(split, images)}
+            "failure: LoRA by name": adapters(by_name, images),
+            "cure: attention split": adapters(split, images)}
 
 
 if __name__ == "__main__":

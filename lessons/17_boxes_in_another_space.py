@@ -25,7 +25,8 @@ def earned(unit, scales):
     side = 0.1 + 0.2 * side  # shares of the image's sides
     corner = corner * (1 - side)
     boxes = torch.cat([corner, corner + side], 1) * torch.tensor(SIZE * 2)  # (N, 4), pixels of the file
-    texts = ["{:.0f}, {:.0f}, {:.0f}, {:.0f}".format(*box) for box in (boxes / torch.tensor(unit * 2)).tolist()]
+    said = (boxes / torch.tensor(unit * 2)).round().int().tolist()
+    texts = [", ".join(map(str, box)) for box in said]
     examples = [{"solution": box, "size": SIZE, "scales": scales} for box in boxes.tolist()]
     parts = Scorer.parts(texts, examples)
     return {"format": parts["format"].mean().item(), "IoU": parts["iou"].mean().item(),

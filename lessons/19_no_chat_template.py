@@ -9,19 +9,18 @@ Run: python lessons/19_no_chat_template.py
 """
 from types import SimpleNamespace
 
-from shared import show
+from shared import show, tiny_policy
 
 import torch
 
 from generate import sample_texts, score
-from model import GPTConfig
 from tasks import Task, last
 from techniques import cut_off
 from utils.text import as_prompts
 from utils.tokenizer import Tokenizer
 
 ROWS = [{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x in range(1, 10) for y in range(10 - x, 10)]
-LETTERS = sorted(set("0123456789+=\nuser: bot: that makes."))
+LETTERS = sorted(set("0123456789+=\n" + "user: bot: that makes."))
 
 
 class Chat(Tokenizer):
@@ -30,17 +29,16 @@ class Chat(Tokenizer):
 
 
 def chat_model(tokenizer):
-    """A small GPT that learns, within the template, to answer by a sentence and a blank line."""
-    torch.manual_seed(0)
-    model = GPTConfig(tokenizer.vocab_size, 40, n_layer=1, n_head=4, n_embd=64).build()
+    """A GPT that learns, within the template, to answer by a sentence and a blank line."""
+    model = tiny_policy(seed=0, vocab_size=tokenizer.vocab_size, block_size=40)
     tokens = torch.tensor([tokenizer.encode_prompt(row["prompt"]) +
                            tokenizer.encode(f"that makes {row['answer']}.\n\n") for row in ROWS])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(150):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(250):
         optimizer.zero_grad()
         (-score(model, tokens, prompt_len=15)[0].mean()).backward()
         optimizer.step()
-    return model.eval()
+    return model
 
 
 def ask(model, tokenizer, max_new):
@@ -48,8 +46,7 @@ def ask(model, tokenizer, max_new):
     tokens, _, mask, texts = sample_texts(model, tokenizer, prompts, max_new)
     print(f"{tokenizer.decode(prompts.tokens[0].tolist())!r} -> {texts[0]!r}")
     right = Task(None, last("[0-9]+")).scores(texts, prompts.texts, **prompts.columns)
-    answers = SimpleNamespace(tokens=tokens[:, None], mask=mask[:, None])  # groups of one answer
-    cut = cut_off(answers, tokenizer.stops, max_new)
+    cut = cut_off(SimpleNamespace(tokens=tokens[:, None], mask=mask[:, None]), tokenizer.stops, max_new)
     return {"right": sum(right) / len(right), "cut": cut.float().mean().item()}
 
 

@@ -21,16 +21,15 @@ from reward import RewardModel
 from reward_model import read_pairs
 from utils.tokenizer import Tokenizer
 
-CUT, PAIRS = 16, 256  # an answer keeps CUT tokens
+CUT = 16  # an answer's tokens that are kept
 
 
 def read(cut):
     """Answers share 4 to 27 letters. Then the better one ends in "!", the other in "?". -> Pairs."""
     rng, lines = random.Random(0), []
-    for _ in range(PAIRS):
+    for _ in range(256):
         start = "".join(rng.choices("abcdefghij", k=rng.randrange(4, 28)))
-        answers = {"chosen": f"{start}!"[:cut], "rejected": f"{start}?"[:cut]}
-        lines.append(json.dumps({"prompt": "a"} | answers))
+        lines.append(json.dumps({"prompt": "a", "chosen": f"{start}!"[:cut], "rejected": f"{start}?"[:cut]}))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pairs.jsonl")
         path.write_text("\n".join(lines), encoding="utf-8")
@@ -40,7 +39,6 @@ def read(cut):
 def train(pairs):
     """Whole answers are cut here, after they were compared."""
     tokens, mask = pairs.tokens[:, :, :1 + CUT], pairs.mask[:, :, :CUT]
-    identical = (tokens[:, 0] == tokens[:, 1]).all(1)
     model, losses = RewardModel(tiny_policy(seed=0, block_size=32).config, pool="last"), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
@@ -50,8 +48,8 @@ def train(pairs):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return {"pairs": len(tokens), "identical": identical.float().mean().item(), "loss": losses,
-            "accuracy": (chosen > rejected).float().mean().item()}
+    return {"pairs": len(tokens), "identical": (tokens[:, 0] == tokens[:, 1]).all(1).float().mean().item(),
+            "loss": losses, "accuracy": (chosen > rejected).float().mean().item()}
 
 
 def lesson():
