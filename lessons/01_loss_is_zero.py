@@ -10,10 +10,8 @@ Run: python lessons/01_loss_is_zero.py
 """
 import copy
 
-from shared import log_prob, rollout, show, tiny_policy
-
+from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds what follows
 import torch
-
 from grpo import plain_grpo
 
 STEPS = 40
@@ -22,7 +20,7 @@ STEPS = 40
 def train(detach):
     policy = tiny_policy(seed=0)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = adam(policy, lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     curves = {"loss": [], "reward": [], "grad_norm": []}
     for _ in range(STEPS):
@@ -30,10 +28,7 @@ def train(detach):
         logp = log_prob(policy, tokens)  # (B, G, T)
         logp_old = logp.detach() if detach else logp
         loss = plain_grpo(reward, logp, logp_old, log_prob(reference, tokens), mask)
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+        grad_norm = update(optimizer, loss)
         for name, x in (("loss", loss), ("reward", reward.mean()), ("grad_norm", grad_norm)):
             curves[name].append(x.item())
     return curves

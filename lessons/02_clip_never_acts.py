@@ -10,10 +10,8 @@ Run: python lessons/02_clip_never_acts.py
 """
 from dataclasses import replace
 
-from shared import log_prob, rollout, show, tiny_policy
-
+from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds what follows
 import torch
-
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 
 ROLLOUTS = 15
@@ -21,7 +19,7 @@ ROLLOUTS = 15
 
 def train(updates, eps):
     policy = tiny_policy(seed=0)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = adam(policy, lr=3e-3)
     objective = replace(OBJECTIVES["grpo"], eps_low=eps, eps_high=eps, beta=0.0)
     generator = torch.Generator().manual_seed(0)
     curves = {"clip_frac": [], "ratio_max": [], "reward": []}
@@ -30,9 +28,7 @@ def train(updates, eps):
         for _ in range(updates):
             loss, stats = grpo_loss(log_prob(policy, tokens), logp_old, logp_old, group_advantage(reward),
                                     mask, objective)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            update(optimizer, loss)
         for name, x in (stats | {"reward": reward.mean()}).items():  # of the rollout's last update
             if name in curves:
                 curves[name].append(x.item())

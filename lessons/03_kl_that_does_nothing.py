@@ -8,10 +8,8 @@ Cure: k3, as GRPO has it. For the gradient of KL(π‖π₀) itself: k2, or k3 t
 What tells them apart: the exact KL after 200 updates. Ten actions can be enumerated.
 Run: python lessons/03_kl_that_does_nothing.py
 """
-from shared import show
-
+from shared import show  # first: it finds what follows
 import torch
-
 from grpo import Objective, grpo_loss
 
 STARTS, ACTIONS, SAMPLES, UPDATES, RATE = 8, 10, 64, 200, 0.2  # eight policies at once, each a row of logits

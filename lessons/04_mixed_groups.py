@@ -1,48 +1,54 @@
-"""The reward stays flat, though every function passes its test. The groups hold answers to other prompts.
+"""The reward hardly rises, though every function passes its test: groups hold answers to other prompts.
 
 Met in: R1-V#67, slime#1414.
 Trap: the prompts are repeated in one order, and the flat rewards are cut into groups in another. All shapes
-fit. An easy prompt's answers then look good, whatever they say, and a hard prompt's look bad.
-Failure: prompts.repeat(G, 1) gives the order p1 p2 … p1 p2 …, and then view(-1, G).
-Cure: generate(…, group_size=G) keeps a group's answers side by side; from there on it has an axis of its own.
-What tells them apart: how much of the advantage is the prompt's own worth (correlation; right is exactly 0).
+fit. The answers to an easy prompt then look good, whatever they say, and those to a hard one look bad.
+Failure: prompts.repeat(G, 1), which gives the order p1 p2 … p1 p2 …, then view(-1, G).
+Cure: generate(…, group_size=G) keeps a group's answers side by side. Then a group has an axis of its own.
+What tells them apart: the correlation of the advantage with what the prompt is worth. It must be 0.
 Run: python lessons/04_mixed_groups.py
 """
-from shared import B, G, P, T, VOCAB, log_prob, show, tiny_policy
-
+from shared import B, G, P, T, VOCAB, adam, log_prob, show, tiny_policy, update  # first: it finds what follows
 import torch
-
 from generate import generate
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 
-STEPS = 40
+SEEDS, STEPS = 3, 60
 
 
-def train(mixed):
-    """The reward of lesson 1, plus what the prompt is worth: its first token, 0 to 11, whatever is answered."""
-    policy = tiny_policy(seed=0)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
-    curves = {"correlation": [], "reward of the answer": []}
+def train(mixed, seed):
+    """A token is right if it is odd where the prompt's first token is odd, even where it is even.
+
+    To the share of right tokens the reward adds what the prompt is worth: its first token, 0 to 11.
+    """
+    policy = tiny_policy(seed)
+    optimizer = adam(policy, lr=1e-2)
+    generator = torch.Generator().manual_seed(seed)
+    curves = {"correlation": [], "right tokens": []}
     for _ in range(STEPS):
         prompts = torch.randint(VOCAB, (B, P), generator=generator)
         asked, group_size = (prompts.repeat(G, 1), 1) if mixed else (prompts, G)
         tokens, logp_old, mask = generate(policy, asked, T, group_size, generator=generator)
         worth = tokens[:, 0].float()  # (B·G,)
-        own = (tokens[:, P:] % 2 == tokens[:, :1] % 2).float().mean(1)
-        adv = group_advantage((own + worth).view(-1, G))  # (B, G), or what is taken for it
+        right = (tokens[:, P:] % 2 == tokens[:, :1] % 2).float().mean(1)
+        adv = group_advantage((right + worth).view(-1, G))  # (B, G), or what is taken for it
         loss, _ = grpo_loss(log_prob(policy, tokens), logp_old.view(B, G, T), logp_old.view(B, G, T), adv,
                             mask.view(B, G, T), OBJECTIVES["dr_grpo"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        curves["correlation"].append(torch.corrcoef(torch.stack([adv.flatten(), worth]))[0, 1].item())
-        curves["reward of the answer"].append(own.mean().item())
+        update(optimizer, loss)
+        correlation = torch.corrcoef(torch.stack([adv.flatten(), worth]))[0, 1]
+        curves["correlation"].append(correlation.nan_to_num(0.0).item())  # all advantages may be 0
+        curves["right tokens"].append(right.mean().item())
     return curves
 
 
+def mean_over_seeds(mixed):
+    runs = [train(mixed, seed) for seed in range(SEEDS)]
+    return {name: torch.tensor([run[name] for run in runs]).mean(0).tolist() for name in runs[0]}
+
+
 def lesson():
-    return {"failure: mixed groups": train(mixed=True), "cure: a prompt's own answers": train(mixed=False)}
+    return {"failure: mixed groups": mean_over_seeds(mixed=True),
+            "cure: a prompt's own answers": mean_over_seeds(mixed=False)}
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ Run: python lessons/05_equal_rewards.py
 """
 import copy
 
-from shared import log_prob, rollout, show, tiny_policy
-
+from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds what follows
 import torch
-
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 
 STEPS = 30
@@ -26,7 +24,7 @@ def textbook(reward):
 def train(advantage, equal=True):
     policy = tiny_policy(seed=0)
     start = copy.deepcopy(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = adam(policy, lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     curves = {"|advantage|": [], "KL to the start": [], "frac_zero_std": []}
     for _ in range(STEPS):
@@ -35,9 +33,7 @@ def train(advantage, equal=True):
         adv = advantage(reward)
         loss, stats = grpo_loss(log_prob(policy, tokens), logp_old, log_prob(start, tokens).detach(), adv,
                                 mask, OBJECTIVES["dr_grpo"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        update(optimizer, loss)
         curves["|advantage|"].append(adv.abs().max().item())
         curves["KL to the start"].append(stats["kl"].item())
         curves["frac_zero_std"].append((reward == reward[:, :1]).all(1).float().mean().item())

@@ -10,10 +10,8 @@ Run: python lessons/06_dropout.py
 """
 import copy
 
-from shared import log_prob, rollout, show, tiny_policy
-
+from shared import log_prob, rollout, show, tiny_policy  # first: it finds what follows
 import torch
-
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 
 

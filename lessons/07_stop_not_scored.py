@@ -8,10 +8,8 @@ Cure: the mask goes by position, as generate gives it: true up to the stop, and 
 What tells them apart: the share of answers that end before max_new, after 25 updates.
 Run: python lessons/07_stop_not_scored.py
 """
-from shared import P, show, tiny_policy
-
+from shared import P, adam, show, tiny_policy, update  # first: it finds what follows
 import torch
-
 from generate import generate, score
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 
@@ -21,7 +19,7 @@ B, G, VOCAB, STOP, MAX_NEW, UPDATES = 4, 16, 64, 0, 8, 25
 def train(by_id):
     """An answer earns 1 for its stop and 1/8 for each token from 1 to 31. Stops are rare at the start."""
     policy = tiny_policy(seed=0, vocab_size=VOCAB)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = adam(policy, lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     curves = {"share that ended": [], "length": []}
     for _ in range(UPDATES):
@@ -34,9 +32,7 @@ def train(by_id):
         logp, logp_old, scored = (x.view(B, G, MAX_NEW) for x in (score(policy, tokens, P)[0], logp_old, scored))
         loss, _ = grpo_loss(logp, logp_old, logp_old, group_advantage(reward.view(B, G)), scored,
                             OBJECTIVES["dr_grpo"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        update(optimizer, loss)
         curves["share that ended"].append(ended.mean().item())
         curves["length"].append(mask.sum(1).float().mean().item())
     return curves

@@ -45,6 +45,20 @@ def log_prob(policy, tokens, temperature=1.0):
     return score(policy, tokens, P, temperature)[0].view(B, G, T)
 
 
+def adam(policy, lr):
+    return torch.optim.AdamW(policy.parameters(), lr, weight_decay=0.0)
+
+
+def update(optimizer, loss):
+    """One step of the optimizer -> the gradient's norm before it was clipped to 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    return grad_norm
+
+
 # ---- the table and the figure ----
 def shown(x):
     """A number with three digits; a curve as its first and its last number."""
