@@ -8,7 +8,7 @@ What tells them apart: how much a score changes, in std of the scores, when 8 pa
 accuracy looks good in both, as long as the batches are padded as in training.
 Run: python lessons/11_reward_reads_padding.py
 """
-from shared import show, tiny_policy
+from shared import adam, show, tiny_policy, update
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,10 @@ def train(mask_of):
     """mask_of(mask) is what the reward model gets for a mask."""
     tokens, mask = answers()
     model = RewardModel(tiny_policy(seed=0, block_size=32).config, pool="last")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = adam(model, lr=3e-3)
     for rows in torch.randint(100, len(tokens), (150, 32)):
         score = model(tokens[rows].flatten(0, 1), mask_of(mask[rows].flatten(0, 1))).view(-1, 2)
-        optimizer.zero_grad()
-        (-F.logsigmoid(score[:, 0] - score[:, 1]).mean()).backward()
-        optimizer.step()
+        update(optimizer, -F.logsigmoid(score[:, 0] - score[:, 1]).mean())
     held_out = tokens[:100].flatten(0, 1), mask[:100].flatten(0, 1)
     with torch.no_grad():
         score, padded = (model(F.pad(held_out[0], (0, n), value=PAD), mask_of(F.pad(held_out[1], (0, n))))

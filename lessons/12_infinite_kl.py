@@ -11,7 +11,7 @@ Run: python lessons/12_infinite_kl.py
 import contextlib
 import copy
 
-from shared import log_prob, rollout, show, tiny_policy
+from shared import adam, log_prob, rollout, show, tiny_policy
 
 import torch
 
@@ -25,8 +25,7 @@ def train(dtype, rule=False):
     """30 rollouts of 4 updates each, with log-probabilities in dtype. rule: the non-finite rule holds."""
     policy = tiny_policy(seed=0)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    optimizer = torch.optim.AdamW(policy.parameters(), LR, weight_decay=0.0)
-    generator, kl_max, rewards = torch.Generator().manual_seed(0), 0.0, []
+    optimizer, generator, kl_max, rewards = adam(policy, LR), torch.Generator().manual_seed(0), 0.0, []
     with contextlib.suppress(SystemExit):  # the rule's, with a line on stderr
         for update in range(120):
             if update % 4 == 0:

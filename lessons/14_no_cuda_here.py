@@ -11,7 +11,7 @@ Run: python lessons/14_no_cuda_here.py
 import sys
 import traceback
 
-from shared import show, tiny_policy
+from shared import adam, show, tiny_policy, update
 
 import torch
 
@@ -27,13 +27,11 @@ def train(device_of):
     try:
         device = device_of()
         policy.to(device)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+        optimizer = adam(policy, lr=1e-2)
         tokens = ((torch.arange(12)[:, None] + torch.arange(16)) % 12).to(device)  # (12, 16)
         for _ in range(30):
             loss = -score(policy, tokens, prompt_len=1)[0].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            update(optimizer, loss)
             losses.append(loss.item())
         print(f"picked by itself: {device}\n")
     except (AssertionError, RuntimeError):  # torch raises one or the other, as it was built

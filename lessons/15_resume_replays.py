@@ -9,7 +9,7 @@ Run: python lessons/15_resume_replays.py
 """
 import tempfile
 
-from shared import P, log_prob, rollout, show, tiny_policy
+from shared import P, adam, log_prob, rollout, show, tiny_policy, update
 
 import torch
 
@@ -24,7 +24,7 @@ def train(folder, by_step, resume=False, keep_optimizer=True, killed=STEPS):
     """by_step: a step has random numbers of its own. -> each step's prompts, the weights as one vector."""
     args = sft.Args(log=f"{folder}/log.csv", out=folder, resume=resume, dtype="fp32", steps=STEPS)
     policy, one, prompts = tiny_policy(seed=0), torch.Generator().manual_seed(0), []
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = adam(policy, lr=1e-2)
     new = optimizer.state_dict()
     run = Run(args, sft.COLUMNS, STEPS, torch.device("cpu"), "python sft.py", save_every=4)
     run.hold({}, model=policy, optimizer=optimizer)
@@ -34,9 +34,7 @@ def train(folder, by_step, resume=False, keep_optimizer=True, killed=STEPS):
             return prompts, None
         tokens, reward, logp_old, mask = rollout(policy, step_generator(0, step) if by_step else one)
         prompts.append(tokens[:, :P].tolist())
-        optimizer.zero_grad()
-        plain_grpo(reward, log_prob(policy, tokens), logp_old, logp_old, mask).backward()
-        optimizer.step()
+        update(optimizer, plain_grpo(reward, log_prob(policy, tokens), logp_old, logp_old, mask))
     run.finish()
     return prompts, torch.nn.utils.parameters_to_vector(policy.parameters())
 

@@ -9,7 +9,7 @@ Run: python lessons/18_frozen_yolo.py
 """
 import copy
 
-from shared import show
+from shared import adam, show, update
 
 import torch
 
@@ -30,8 +30,7 @@ def batch(generator):
 def train(net, force=False):
     """GRPO as in vision/cnn_grpo.py. force: the loss is told to have a gradient."""
     before = torch.cat([p.detach().flatten() for p in net.parameters()])
-    generator, rewards = torch.Generator().manual_seed(0), []
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer, generator, rewards = adam(net, lr=3e-3), torch.Generator().manual_seed(0), []
     for step in range(100):
         logp_all = net(batch(generator)).log_softmax(1)  # (64, 4)
         action = draw(logp_all.detach(), 8, generator)
@@ -39,11 +38,9 @@ def train(net, force=False):
         logp = logp_all.gather(1, action)[:, :, None]  # (64, 8, 1)
         loss, _ = grpo_loss(logp, logp.detach(), logp.detach(), group_advantage(reward),
                             torch.ones_like(logp), OBJECTIVES["dr_grpo"])
-        optimizer.zero_grad()
-        (loss.requires_grad_(True) if force else loss).backward()
+        update(optimizer, loss.requires_grad_(True) if force else loss)
         if step == 0 and not force:
             assert all(p.grad is not None and p.grad.any() for p in net.parameters())
-        optimizer.step()
         rewards.append(reward.mean().item())
     moved = torch.cat([p.detach().flatten() for p in net.parameters()]) != before
     return {"weights that moved": moved.float().mean().item(), "reward": rewards}

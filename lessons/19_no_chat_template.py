@@ -9,7 +9,7 @@ Run: python lessons/19_no_chat_template.py
 """
 from types import SimpleNamespace
 
-from shared import show, tiny_policy
+from shared import adam, show, tiny_policy, update
 
 import torch
 
@@ -33,17 +33,15 @@ def chat_model(tokenizer):
     model = tiny_policy(seed=0, vocab_size=tokenizer.vocab_size, block_size=40)
     tokens = torch.tensor([tokenizer.encode_prompt(row["prompt"]) +
                            tokenizer.encode(f"that makes {row['answer']}.\n\n") for row in ROWS])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = adam(model, lr=1e-2)
     for _ in range(250):
-        optimizer.zero_grad()
-        (-score(model, tokens, prompt_len=15)[0].mean()).backward()
-        optimizer.step()
+        update(optimizer, -score(model, tokens, prompt_len=15)[0].mean())
     return model
 
 
 def ask(model, tokenizer, max_new):
     prompts = as_prompts(ROWS, tokenizer, "the lesson")
-    tokens, _, mask, texts = sample_texts(model, tokenizer, prompts, max_new)
+    tokens, _, mask, texts = sample_texts(model, tokenizer, prompts, max_new, top_k=1)  # greedy
     print(f"{tokenizer.decode(prompts.tokens[0].tolist())!r} -> {texts[0]!r}")
     right = Task(None, last("[0-9]+")).scores(texts, prompts.texts, **prompts.columns)
     cut = cut_off(SimpleNamespace(tokens=tokens[:, None], mask=mask[:, None]), tokenizer.stops, max_new)

@@ -12,9 +12,8 @@ import random
 import tempfile
 from pathlib import Path
 
-from shared import show, tiny_policy
+from shared import adam, show, tiny_policy, update
 
-import torch
 import torch.nn.functional as F
 
 from reward import RewardModel
@@ -40,13 +39,11 @@ def train(pairs):
     """Whole answers are cut here, after they were compared."""
     tokens, mask = pairs.tokens[:, :, :1 + CUT], pairs.mask[:, :, :CUT]
     model, losses = RewardModel(tiny_policy(seed=0, block_size=32).config, pool="last"), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = adam(model, lr=3e-3)
     for _ in range(60):
         chosen, rejected = model(tokens.flatten(0, 1), mask.flatten(0, 1)).view(-1, 2).unbind(1)
         loss = -F.logsigmoid(chosen - rejected).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        update(optimizer, loss)
         losses.append(loss.item())
     return {"pairs": len(tokens), "identical": (tokens[:, 0] == tokens[:, 1]).all(1).float().mean().item(),
             "loss": losses, "accuracy": (chosen > rejected).float().mean().item()}

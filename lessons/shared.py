@@ -91,7 +91,7 @@ def figure(rows, path):
                 if isinstance(row.get(column), list):
                     ax.plot(row[column], color=COLORS[k % 7], linestyle=DASHES[k % 5], label=name)
                     ax.set_xlabel("step")
-                elif column in row:
+                elif column in row and abs(row[column]) < float("inf"):  # no bar of an inf or a NaN
                     ax.bar(k, row[column], color=COLORS[k % 7], label=name)
                     ax.set_xticks([])
         fig.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=2)
