@@ -1,7 +1,7 @@
 """A YOLO classifier trains without an error, and its reward stays. What learns?
 
 Met in: ultralytics#14907.
-Trap: ultralytics keeps the moving average of its weights, and all of its requires_grad are False.
+Trap: ultralytics saves the moving average of its weights. That copy is frozen: requires_grad is False.
 Failure: backward() refuses such a loss. loss.requires_grad_(True) silences it, and nothing learns.
 Cure: vision/cnn.py's Classifier unfreezes what it gets. Then assert that each tensor gets a gradient.
 What tells them apart: the share of weights that have moved.

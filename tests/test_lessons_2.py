@@ -1,5 +1,6 @@
 """The numbers of lessons 11 to 20; test_lessons.py has what all lessons keep."""
 import math
+import sys
 
 import pytest
 from helpers import ROOT, quiet_signals
@@ -8,10 +9,14 @@ from test_lessons import both, rows
 LOG_2 = math.log(2)
 
 
+def file(number):
+    path, = (ROOT / "lessons").glob(f"{number:02}_*.py")
+    return path
+
+
 def of(number):
     """All rows of lesson `number`."""
-    path, = (ROOT / "lessons").glob(f"{number:02}_*.py")
-    return rows(path)
+    return rows(file(number))
 
 
 def test_11_reward_reads_padding():
@@ -63,6 +68,15 @@ def test_16_clip_nan_and_idle_lora():
     assert whole["NaN weights"] == 0 and whole["loss"][-1] < whole["loss"][0]
     assert by_name["with a gradient"] == pytest.approx(2 / 3) and by_name["adapters"] == 6
     assert split["with a gradient"] == 1 and split["adapters"] == 12
+
+
+def test_16_without_its_packages(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit) as left:
+        rows.__wrapped__(file(16))
+    assert left.value.code == 2
+    assert capsys.readouterr().err == ("error: this needs the package 'peft', which isn't installed: "
+                                       "pip install '.[clip]'\n")
 
 
 def test_17_boxes_in_another_space():
