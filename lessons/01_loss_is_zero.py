@@ -10,7 +10,7 @@ Run: python lessons/01_loss_is_zero.py
 """
 import copy
 
-from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds what follows
+from shared import log_prob, note, rollout, show, start, update  # first: it finds all below
 import torch
 from grpo import plain_grpo
 
@@ -18,19 +18,15 @@ STEPS = 40
 
 
 def train(detach):
-    policy = tiny_policy(seed=0)
+    policy, optimizer, generator = start(seed=0, lr=1e-2)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    optimizer = adam(policy, lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
-    curves = {"loss": [], "reward": [], "grad_norm": []}
+    curves = {}
     for _ in range(STEPS):
         tokens, reward, _, mask = rollout(policy, generator)
         logp = log_prob(policy, tokens)  # (B, G, T)
         logp_old = logp.detach() if detach else logp
         loss = plain_grpo(reward, logp, logp_old, log_prob(reference, tokens), mask)
-        grad_norm = update(optimizer, loss)
-        for name, x in (("loss", loss), ("reward", reward.mean()), ("grad_norm", grad_norm)):
-            curves[name].append(x.item())
+        note(curves, loss=loss, reward=reward.mean(), grad_norm=update(optimizer, loss))
     return curves
 
 

@@ -10,28 +10,24 @@ Run: python lessons/02_clip_never_acts.py
 """
 from dataclasses import replace
 
-from shared import adam, log_prob, rollout, show, tiny_policy, update  # first: it finds what follows
-import torch
+from shared import log_prob, note, rollout, show, start, update  # first: it finds all below
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 
 ROLLOUTS = 15
 
 
 def train(updates, eps):
-    policy = tiny_policy(seed=0)
-    optimizer = adam(policy, lr=3e-3)
+    policy, optimizer, generator = start(seed=0, lr=3e-3)
     objective = replace(OBJECTIVES["grpo"], eps_low=eps, eps_high=eps, beta=0.0)
-    generator = torch.Generator().manual_seed(0)
-    curves = {"clip_frac": [], "ratio_max": [], "reward": []}
+    curves = {}
     for _ in range(ROLLOUTS):
         tokens, reward, logp_old, mask = rollout(policy, generator)
         for _ in range(updates):
             loss, stats = grpo_loss(log_prob(policy, tokens), logp_old, logp_old, group_advantage(reward),
                                     mask, objective)
             update(optimizer, loss)
-        for name, x in (stats | {"reward": reward.mean()}).items():  # of the rollout's last update
-            if name in curves:
-                curves[name].append(x.item())
+        # clip_frac and ratio_max are those of the rollout's last update.
+        note(curves, clip_frac=stats["clip_frac"], ratio_max=stats["ratio_max"], reward=reward.mean())
     return curves
 
 

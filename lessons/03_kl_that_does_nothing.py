@@ -8,7 +8,7 @@ Cure: k3, as GRPO has it. For the gradient of KL(π‖π₀) itself: k2, or k3 t
 What tells them apart: the exact KL after 200 updates. Ten actions can be enumerated.
 Run: python lessons/03_kl_that_does_nothing.py
 """
-from shared import show  # first: it finds what follows
+from shared import show  # first: it finds all below
 import torch
 from grpo import Objective, grpo_loss
 
@@ -20,9 +20,10 @@ def kl(p, q):
 
 
 def penalty_gradient(logits, logp_ref, actions, objective):
-    """All advantages are 0, so that only the KL term is left; actions (STARTS, n) are answers of one token."""
+    """Of answers of one token, actions (STARTS, n). All advantages are 0: only the KL term is left."""
     logp, ref = (x.gather(1, actions)[..., None] for x in (logits.log_softmax(1), logp_ref))
-    loss, _ = grpo_loss(logp, logp.detach(), ref, torch.zeros(actions.shape), torch.ones(logp.shape), objective)
+    adv, mask = torch.zeros(actions.shape), torch.ones(logp.shape)
+    loss, _ = grpo_loss(logp, logp.detach(), ref, adv, mask, objective)
     return STARTS * torch.autograd.grad(loss, logits)[0]
 
 
@@ -42,7 +43,8 @@ def descend(**how):
         logits.data -= RATE * penalty_gradient(logits, logp_ref, actions, objective)
     # A gradient of rounding errors has no direction: eps makes its cosine 0.
     cosine = torch.cosine_similarity(mean, wanted, dim=1, eps=1e-4).mean()
-    return {"KL(π‖π₀)": curve, "mean gradient": mean.norm(dim=1).mean().item(), "its cosine to KL's": cosine.item()}
+    return {"KL(π‖π₀)": curve, "mean gradient": mean.norm(dim=1).mean().item(),
+            "its cosine to KL's": cosine.item()}
 
 
 def lesson():

@@ -8,7 +8,7 @@ Cure: generate(…, group_size=G) keeps a group's answers side by side. Then a g
 What tells them apart: the correlation of the advantage with what the prompt is worth. It must be 0.
 Run: python lessons/04_mixed_groups.py
 """
-from shared import B, G, P, T, VOCAB, adam, log_prob, show, tiny_policy, update  # first: it finds what follows
+from shared import B, G, P, T, VOCAB, log_prob, note, show, start, update  # first: it finds all below
 import torch
 from generate import generate
 from grpo import OBJECTIVES, group_advantage, grpo_loss
@@ -21,10 +21,8 @@ def train(mixed, seed):
 
     To the share of right tokens the reward adds what the prompt is worth: its first token, 0 to 11.
     """
-    policy = tiny_policy(seed)
-    optimizer = adam(policy, lr=1e-2)
-    generator = torch.Generator().manual_seed(seed)
-    curves = {"correlation": [], "right tokens": []}
+    policy, optimizer, generator = start(seed, lr=1e-2)
+    curves = {}
     for _ in range(STEPS):
         prompts = torch.randint(VOCAB, (B, P), generator=generator)
         asked, group_size = (prompts.repeat(G, 1), 1) if mixed else (prompts, G)
@@ -36,8 +34,8 @@ def train(mixed, seed):
                             mask.view(B, G, T), OBJECTIVES["dr_grpo"])
         update(optimizer, loss)
         correlation = torch.corrcoef(torch.stack([adv.flatten(), worth]))[0, 1]
-        curves["correlation"].append(correlation.nan_to_num(0.0).item())  # all advantages may be 0
-        curves["right tokens"].append(right.mean().item())
+        correlation = correlation.nan_to_num(0.0)  # all advantages may be 0
+        note(curves, correlation=correlation, right_tokens=right.mean())
     return curves
 
 

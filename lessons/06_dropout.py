@@ -10,7 +10,7 @@ Run: python lessons/06_dropout.py
 """
 import copy
 
-from shared import log_prob, rollout, show, tiny_policy  # first: it finds what follows
+from shared import log_prob, rollout, show, tiny_policy  # first: it finds all below
 import torch
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 

@@ -8,7 +8,7 @@ Cure: every piece divides by n_tokens of the whole batch, and the pieces add up.
 What tells them apart: how far the gradient is from that of the whole batch, as a share of its length.
 Run: python lessons/08_micro_batches.py
 """
-from shared import P, VOCAB, show, tiny_policy  # first: it finds what follows
+from shared import P, VOCAB, show, tiny_policy  # first: it finds all below
 import torch
 from generate import generate, score
 from grpo import OBJECTIVES, group_advantage, grpo_loss

@@ -8,7 +8,7 @@ Cure: the trainer divides the logits by the sampler's temperature, in every pass
 What tells them apart: ratio_max at the first update, before any weight has moved. It must be 1.
 Run: python lessons/09_temperature.py
 """
-from shared import log_prob, rollout, show, tiny_policy  # first: it finds what follows
+from shared import log_prob, rollout, show, tiny_policy  # first: it finds all below
 import torch
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 
@@ -16,7 +16,7 @@ SEEDS = 8
 
 
 def first_update(sampled_at, scored_at):
-    """Means over untrained policies. Their logits are times 4: they prefer some tokens, as a trained one does."""
+    """Means over untrained policies. Logits times 4 prefer some tokens, as those of a trained one do."""
     rows = []
     for seed in range(SEEDS):
         policy = tiny_policy(seed)

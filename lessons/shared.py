@@ -1,4 +1,4 @@
-"""What all lessons share: the way to the repository's modules, a tiny policy, the table and the figure.
+"""What all lessons share: the way to the repository's modules, a tiny task, the table and the figure.
 
 A lesson is a function `lesson()` -> {row: {column: number}}. A row's name begins with "failure: " or
 "cure: ", but for rows that only compare. A list of numbers is a curve: the table shows its first and last.
@@ -11,9 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a lesson runs from any folder
 
 import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wait)
-
 import torch  # noqa: E402
-
 from generate import generate, score  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from utils.cli import atomic_write, die  # noqa: E402
@@ -49,6 +47,18 @@ def adam(policy, lr):
     return torch.optim.AdamW(policy.parameters(), lr, weight_decay=0.0)
 
 
+def start(seed, lr, **config):
+    """What a run begins with -> tiny policy, its optimizer, the generator of its draws."""
+    policy = tiny_policy(seed, **config)
+    return policy, adam(policy, lr), torch.Generator().manual_seed(seed)
+
+
+def note(curves, **numbers):
+    """Adds a step's numbers to their curves."""
+    for name, x in numbers.items():
+        curves.setdefault(name, []).append(x.item())
+
+
 def update(optimizer, loss):
     """One step of the optimizer -> the gradient's norm before it was clipped to 1."""
     optimizer.zero_grad()
@@ -60,17 +70,20 @@ def update(optimizer, loss):
 
 
 # ---- the table and the figure ----
+def columns(rows):
+    return list(dict.fromkeys(column for row in rows.values() for column in row))
+
+
 def shown(x):
-    """A number with three digits; a curve as its first and its last number."""
+    """Three digits of a number; of a curve, its first and its last number."""
     return f"{x[0]:.3g} -> {x[-1]:.3g}" if isinstance(x, list) else f"{x:.3g}"
 
 
 def table(rows):
     """Rows -> plain text: a line a row, aligned columns."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [["", *columns]]
+    lines = [["", *columns(rows)]]
     for name, row in rows.items():
-        lines.append([name, *(shown(row[column]) if column in row else "" for column in columns)])
+        lines.append([name, *(shown(row[column]) if column in row else "" for column in columns(rows))])
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
                      for line in lines)
@@ -80,13 +93,11 @@ def figure(rows, path):
     """A panel a column: curves as lines, single numbers as bars. A row keeps its colour."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-
     from utils.figure import COLORS, DASHES, STYLE
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     with rc_context(STYLE):
-        fig = Figure(figsize=(3.2 * len(columns), 3.2), layout="constrained")
-        for i, column in enumerate(columns):
-            ax = fig.add_subplot(1, len(columns), i + 1, title=column)
+        fig = Figure(figsize=(max(6.4, 3.2 * len(columns(rows))), 3.2), layout="constrained")
+        for i, column in enumerate(columns(rows)):
+            ax = fig.add_subplot(1, len(columns(rows)), i + 1, title=column)
             for k, (name, row) in enumerate(rows.items()):
                 if isinstance(row.get(column), list):
                     ax.plot(row[column], color=COLORS[k % 7], linestyle=DASHES[k % 5], label=name)
@@ -94,7 +105,7 @@ def figure(rows, path):
                 elif column in row and abs(row[column]) < float("inf"):  # no bar of an inf or a NaN
                     ax.bar(k, row[column], color=COLORS[k % 7], label=name)
                     ax.set_xticks([])
-        fig.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
         atomic_write(path, lambda file: fig.savefig(file, format="png", dpi=150))
 
 

@@ -24,7 +24,7 @@ from helpers import ROOT
 
 import utils.cli
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "lessons/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
@@ -348,7 +348,7 @@ def test_flags_in_the_text_exist(page):
 
 @functools.cache
 def names_in_code():
-    folders = [(ROOT / name).rglob("*.py") for name in ("utils", "vision", "benchmarks")]
+    folders = [(ROOT / name).rglob("*.py") for name in ("utils", "vision", "lessons", "benchmarks")]
     files = [*ROOT.glob("*.py"), *(file for folder in folders for file in folder)]
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     fields = re.findall(r"^    (\w+): ", text, re.MULTILINE)

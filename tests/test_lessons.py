@@ -64,15 +64,15 @@ def test_03_kl_that_does_nothing():
 def test_04_mixed_groups():
     failure, cure = both(4)
     assert min(failure["correlation"]) > 0.9 and max(map(abs, cure["correlation"])) < 1e-6
-    assert failure["right tokens"][-1] < 0.75 and cure["right tokens"][-1] > 0.9
+    assert failure["right_tokens"][-1] < 0.75 and cure["right_tokens"][-1] > 0.9
 
 
 def test_05_equal_rewards():
     failure, cure = both(5)
-    assert failure["KL to the start"][-1] > 0.1 and 0 < max(failure["|advantage|"]) < 0.01
-    assert max(cure["KL to the start"]) == max(cure["|advantage|"]) == 0  # exactly
+    assert failure["kl"][-1] > 0.1 and 0 < max(failure["max_adv"]) < 0.01
+    assert max(cure["kl"]) == max(cure["max_adv"]) == 0  # exactly
     assert min(failure["frac_zero_std"]) == min(cure["frac_zero_std"]) == 1
-    assert row(5, "compare: rewards that differ")["KL to the start"][-1] > 0.1
+    assert row(5, "compare: rewards that differ")["kl"][-1] > 0.1
 
 
 def test_06_dropout():
@@ -84,7 +84,7 @@ def test_06_dropout():
 
 def test_07_stop_not_scored():
     failure, cure = both(7)
-    ended, length = "share that ended", "length"
+    ended, length = "share_ended", "length"
     assert failure[ended][0] == cure[ended][0] < 0.2
     assert failure[ended][-1] < 0.4 and cure[ended][-1] > 0.8
     assert failure[length][-1] > 6.5 and cure[length][-1] < 5
