@@ -8,11 +8,9 @@ What tells them apart: how much a score changes, in std of the scores, when 8 pa
 accuracy looks good in both, as long as the batches are padded as in training.
 Run: python lessons/11_reward_reads_padding.py
 """
-from shared import adam, show, tiny_policy, update
-
+from shared import adam, show, tiny_policy, update  # first: it finds all below
 import torch
 import torch.nn.functional as F
-
 from reward import RewardModel
 
 PAIRS, P, T, PAD = 600, 2, 12, 0  # a prompt has P tokens, the longest answer has T

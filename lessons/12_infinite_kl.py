@@ -11,10 +11,8 @@ Run: python lessons/12_infinite_kl.py
 import contextlib
 import copy
 
-from shared import adam, log_prob, rollout, show, tiny_policy
-
+from shared import log_prob, rollout, show, start  # first: it finds all below
 import torch
-
 from grpo import kl_penalty, plain_grpo
 from utils.checkpoint import finite
 
@@ -23,9 +21,9 @@ LR = 0.3  # a hundred times too large: π jumps away from π₀
 
 def train(dtype, rule=False):
     """30 rollouts of 4 updates each, with log-probabilities in dtype. rule: the non-finite rule holds."""
-    policy = tiny_policy(seed=0)
+    policy, optimizer, generator = start(seed=0, lr=LR)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    optimizer, generator, kl_max, rewards = adam(policy, LR), torch.Generator().manual_seed(0), 0.0, []
+    kl_max, rewards = 0.0, []
     with contextlib.suppress(SystemExit):  # the rule's, with a line on stderr
         for update in range(120):
             if update % 4 == 0:

@@ -10,10 +10,8 @@ Run: python lessons/13_batch_counts_answers.py
 """
 from types import SimpleNamespace
 
-from shared import G, P, T, rollout, show, tiny_policy
-
+from shared import G, P, T, rollout, show, tiny_policy  # first: it finds all below
 import torch
-
 from answers import Answers, minibatches
 from generate import score
 from grpo import OBJECTIVES, group_advantage, grpo_loss

@@ -11,10 +11,8 @@ Run: python lessons/14_no_cuda_here.py
 import sys
 import traceback
 
-from shared import adam, show, tiny_policy, update
-
+from shared import adam, show, tiny_policy, update  # first: it finds all below
 import torch
-
 from generate import score
 from utils.device import pick_device
 

@@ -9,10 +9,8 @@ Run: python lessons/15_resume_replays.py
 """
 import tempfile
 
-from shared import P, adam, log_prob, rollout, show, tiny_policy, update
-
+from shared import P, log_prob, rollout, show, start, update  # first: it finds all below
 import torch
-
 import sft
 from grpo import plain_grpo
 from utils.run import Run, step_generator
@@ -23,9 +21,8 @@ STEPS = 24
 def train(folder, by_step, resume=False, keep_optimizer=True, killed=STEPS):
     """by_step: a step has random numbers of its own. -> each step's prompts, the weights as one vector."""
     args = sft.Args(log=f"{folder}/log.csv", out=folder, resume=resume, dtype="fp32", steps=STEPS)
-    policy, one, prompts = tiny_policy(seed=0), torch.Generator().manual_seed(0), []
-    optimizer = adam(policy, lr=1e-2)
-    new = optimizer.state_dict()
+    policy, optimizer, one = start(seed=0, lr=1e-2)
+    new, prompts = optimizer.state_dict(), []
     run = Run(args, sft.COLUMNS, STEPS, torch.device("cpu"), "python sft.py", save_every=4)
     run.hold({}, model=policy, optimizer=optimizer)
     optimizer.load_state_dict(optimizer.state_dict() if keep_optimizer else new)

@@ -11,11 +11,9 @@ Run: python lessons/16_clip_nan_and_idle_lora.py
 """
 import copy
 
-from shared import show
-
+from shared import show  # first: it finds all below
 import torch
 import torch.nn.functional as F
-
 from utils.cli import need
 from vision.clip import lora
 from vision.clip.model import SMALL, build, clip_package, config_of

@@ -9,10 +9,8 @@ What tells them apart: what a perfect answer earns. Score one before any trainin
 `python -m vision.vlm_grpo --preview` draws the true boxes and what the model says.
 Run: python lessons/17_boxes_in_another_space.py
 """
-from shared import show
-
+from shared import show  # first: it finds all below
 import torch
-
 from vision.vlm.data import Scorer
 
 SIZE, SEEN, N = (1280, 960), (448, 336), 200  # width and height of the file, and after the resize

@@ -9,10 +9,8 @@ Run: python lessons/18_frozen_yolo.py
 """
 import copy
 
-from shared import adam, show, update
-
+from shared import adam, show, update  # first: it finds all below
 import torch
-
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from vision.bandit import draw
 from vision.cnn import Classifier, SmallCNN

@@ -9,10 +9,8 @@ Run: python lessons/19_no_chat_template.py
 """
 from types import SimpleNamespace
 
-from shared import adam, show, tiny_policy, update
-
+from shared import adam, show, tiny_policy, update  # first: it finds all below
 import torch
-
 from generate import sample_texts, score
 from tasks import Task, last
 from techniques import cut_off

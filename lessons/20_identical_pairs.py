@@ -12,10 +12,8 @@ import random
 import tempfile
 from pathlib import Path
 
-from shared import adam, show, tiny_policy, update
-
+from shared import adam, show, tiny_policy, update  # first: it finds all below
 import torch.nn.functional as F
-
 from reward import RewardModel
 from reward_model import read_pairs
 from utils.tokenizer import Tokenizer
