@@ -103,7 +103,7 @@ def figure(rows, path):
                     ax.plot(row[column], color=COLORS[k % 7], linestyle=DASHES[k % 5], label=name)
                     ax.set_xlabel("step")
                     ax.locator_params(axis="x", integer=True)
-                elif column in row:
+                elif column in row and abs(row[column]) < float("inf"):  # no bar of an inf or a NaN
                     ax.bar(k, row[column], color=COLORS[k % 7], label=name)
                     ax.set_xticks([])
         fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
