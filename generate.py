@@ -46,6 +46,8 @@ def inverse_cdf(logp, u):
     which is 1 but for rounding, so that it is always exceeded. A GPU sums a long row slowly, but many short
     ones quickly: there the block of 256 tokens is found first, then the token in it.
     """
+    if logp.device.type == "mps":  # it has no float64
+        return inverse_cdf(logp.cpu(), u.cpu()).to(logp.device)
     p, u = logp.double().exp(), u.double()[:, None]
     if p.is_cuda and p.shape[1] > 4096:
         blocks = F.pad(p, (0, -p.shape[1] % 256)).unflatten(1, (-1, 256))  # (N, blocks, 256)
