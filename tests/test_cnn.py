@@ -451,7 +451,7 @@ def head_alone(model, words, folder):
                    batch_size=8, device="cpu")
     _, start = cnn_grpo.load(args, torch.device("cpu"))
     rows = run("--model", model, "--data_root", folder / "d", "--weights", "none", "--img_size", 32,
-               "--batch_size", 8, "--group_size", 4, "--steps", 3, *words)
+               "--batch_size", 8, "--group_size", 4, "--steps", 3, "--eval_every", 3, *words)
     assert [row["step"] for row in rows] == list("0123")
     assert float(rows[0]["kl"]) == 0 and float(rows[2]["kl"]) > 0 and float(rows[0]["grad_norm"]) > 0
     after, before = state()["model"], start.state_dict()
@@ -461,7 +461,7 @@ def head_alone(model, words, folder):
 
 def test_resnet50_head_only(folder):
     pytest.importorskip("torchvision")
-    textures(folder / "d")
+    textures(folder / "d", n=3)
     moved, head, _ = head_alone("resnet50", ["--head_only", "--reward", "bandit", "--aux_ce_coef", 0.1,
                                              "--beta", 0.02], folder)
     assert moved == {f"{head}weight", f"{head}bias"} == {"net.fc.weight", "net.fc.bias"}
@@ -471,7 +471,7 @@ def test_resnet50_head_only(folder):
 
 def test_resnet50_in_full_with_margin(folder):
     pytest.importorskip("torchvision")
-    textures(folder / "d")
+    textures(folder / "d", n=3)
     moved, _, start = head_alone("resnet50", ["--reward", "margin", "--margin_alpha", 1.0,
                                               "--aux_ce_coef", 0.05], folder)
     assert moved == {k for k, _ in start.named_parameters()}  # every weight, and no buffer
@@ -480,7 +480,7 @@ def test_resnet50_in_full_with_margin(folder):
 @pytest.mark.pictures
 def test_yolo_head_only_with_topk(folder):
     needs_ultralytics()
-    textures(folder / "d")
+    textures(folder / "d", n=3)
     moved, head, _ = head_alone("yolov8n-cls", ["--head_only", "--reward", "topk", "--topk", 5], folder)
     assert moved == {f"{head}weight", f"{head}bias"}
 
