@@ -85,6 +85,7 @@ def test_a_turn_is_a_process_whose_failure_is_ours(monkeypatch):
         assert stopped.value.code == code
 
 
+@pytest.mark.slow
 def test_turns_side_by_side_keep_their_numbers(monkeypatch, tmp_path):
     """Two at a time: the first ends only when the second has begun, and each result has its call's number."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

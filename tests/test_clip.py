@@ -536,6 +536,7 @@ def test_a_new_start_leaves_no_gradient_for_the_first_step():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_reward_and_accuracy_rise_from_a_contrastive_start():
     """The small CLIP learns digits half-way, then three epochs of GRPO: +10 points where it began at 50 %."""

@@ -391,6 +391,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(more, folder, monkeypatch,
     assert numbers("other.csv") != numbers("whole.csv")
 
 
+@pytest.mark.slow
 def test_ctrl_c_names_a_command_that_works(folder):
     """As a user types it: python -m vision.cnn_grpo, from the root of the repository."""
     (folder / "mine.py").write_text(USER.replace('"asked.jsonl"', "os.devnull"))
@@ -459,6 +460,7 @@ def head_alone(model, words, folder):
     return {k for k in after if not torch.equal(after[k], before[k])}, f"net.{start.head_name}.", start
 
 
+@pytest.mark.slow
 def test_resnet50_head_only(folder):
     pytest.importorskip("torchvision")
     textures(folder / "d", n=3)
@@ -469,6 +471,7 @@ def test_resnet50_head_only(folder):
     assert best["config"]["model"] == "resnet50" and best["model"]["net.fc.weight"].shape == (5, 2048)
 
 
+@pytest.mark.slow
 def test_resnet50_in_full_with_margin(folder):
     pytest.importorskip("torchvision")
     textures(folder / "d", n=3)
