@@ -502,13 +502,14 @@ def test_importing_ultralytics_leaves_home_alone(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model, size, steps", [("resnet18", 32, 20), ("yolov8n-cls", 64, 50)])
-def test_large_networks_learn_two_textures(model, size, steps, folder):
+@pytest.mark.parametrize("model, size, steps, period", [("resnet18", 32, 40, (10, 3)),
+                                                         ("yolov8n-cls", 64, 50, (20, 4))])
+def test_large_networks_learn_two_textures(model, size, steps, period, folder):
     """Random weights, the whole network, reward alone: wide stripes or narrow ones, 96 held-out images.
 
-    ResNet-50 takes its steps in the tests above.
+    ResNet-50 takes its steps in the tests above. ResNet-18 had them all right on seeds 0, 1 and 2.
     """
-    textures(folder / "d", 2, n=48, size=size + 8, period=(size / 3, size / 16 + 1))
+    textures(folder / "d", 2, n=48, size=size + 8, period=period)
     rows = run("--model", model, "--data_root", folder / "d", "--weights", "none", "--img_size", size,
                "--lr", 1e-4, "--batch_size", 16, "--steps", steps, "--eval_every", steps, "--aux_ce_coef", 0,
                "--group_size", 8)
