@@ -145,9 +145,10 @@ def flag_groups(args_class, default):
     for banner, names in members.items():
         alone = [name for name in names if isinstance(getattr(default, name), dict)]  # --trl.NAME has a dot
         group = dataclasses.make_dataclass("Group", [member(name) for name in names if name not in alone])
-        group.__doc__ = banner[0].upper() + banner[1:] + "."
+        about = tyro.conf.arg(help=banner[0].upper() + banner[1:] + ".")
         title = re.sub(r"\W+", "_", banner.partition(":")[0].removeprefix("the "))
-        parts += [(title, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group))]
+        hint = typing.Annotated[tyro.conf.OmitArgPrefixes[group], about]
+        parts += [(title, hint, dataclasses.field(default_factory=group))]
         parts += [member(name) for name in alone]
     return dataclasses.make_dataclass("Flags", parts)
 
