@@ -292,6 +292,7 @@ def test_groups_of_equal_rewards_are_counted_whatever_their_reward():
     assert torch.full((8,), 0.1).std() > 0
 
 
+@pytest.mark.slow
 def test_a_reward_of_the_users_is_raised():
     """Bright and dark images as it says, judged on the same draws; images come as 0 … 1, labels as 0 … 9."""
     Path("rewards.py").write_text(BRIGHT)

@@ -163,6 +163,7 @@ def test_sampled_losses_have_the_exact_direction(method, least):
         assert found.norm() / truth.norm() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_exact_writes_its_csvs_and_its_figure(folder, capsys):
     words = ["--seeds", 1, "--steps", 4, "--draws", 2, "--eval_every", 2, "--out", folder / "exact"]
     cli(exact, *words)

@@ -125,7 +125,8 @@ def kill_at_row(process, path, row):
     assert process.returncode == -signal.SIGKILL, f"it wasn't killed: {process.returncode} {output}"
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("reward_model", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
 def test_killed_at_a_random_row_and_resumed(stage):
     module, words = run_of(stage)
     if stage == "sft":
