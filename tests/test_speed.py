@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import test_model
-from helpers import ROOT, cli, environment, numbers, rl, weights
+from helpers import ROOT, cli, environment, numbers, rl
 from test_model import check_against_slow, close, prompts, seeded
 from test_model import tiny as tiny_model
 
@@ -181,6 +181,17 @@ def two_and_one(tmp_path_factory):
     return folder
 
 
+def seen(path):
+    """A policy's weights as one vector, but for the keys' biases, which softmax cancels.
+
+    Their gradient is rounding alone, and AdamW makes steps of its own size from it.
+    """
+    weights = torch.load(path, weights_only=True)["model"]
+    biases = {name: w.chunk(3) for name, w in weights.items() if name.endswith("c_attn.bias")}
+    weights |= {name: torch.cat([query, value]) for name, (query, _, value) in biases.items()}
+    return torch.cat([w.flatten() for w in weights.values()])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one_and_go_on_as_one_and_back(name, two_and_one):
@@ -191,7 +202,7 @@ def test_two_processes_are_one_and_go_on_as_one_and_back(name, two_and_one):
     cli(module, *words, "--steps", 10, "--log", f"{name}/two.csv", "--out", f"{name}/two", "--resume")
     for part in ("two", "one"):
         same(rows(f"{name}/whole.csv"), rows(f"{name}/{part}.csv"), NAMES, 1e-4)
-        close(weights(f"{name}/whole/policy.pth"), weights(f"{name}/{part}/policy.pth"), atol=1e-4)
+        close(seen(f"{name}/whole/policy.pth"), seen(f"{name}/{part}/policy.pth"), atol=1e-4)
 
 
 def torchrun(name, *words):
