@@ -119,7 +119,8 @@ def test_compare_is_in_standard_errors_and_of_the_rise():
 
 
 @pytest.mark.parametrize("words, code, said", [
-    (["--help"], 0, "--rounds"), (["--steps", "1"], 2, "--steps 1"), (["--out", "x.json"], 2, "--out x.json")])
+    (["--help"], 0, "--rounds"), (["--steps", "1"], 2, "--steps 1"),
+    (["--out", "x.json"], 2, "--out x.json")])
 def test_command_line(words, code, said, tmp_path, monkeypatch, capsys):
     """Help and bad input: one clear line, exit code 2 and no file."""
     monkeypatch.chdir(tmp_path)

@@ -155,12 +155,12 @@ def at_least(args, **least):
 
 
 @contextlib.contextmanager
-def refusing():
-    """Turns a ValueError about the user's arguments into a clear message."""
+def refusing(kinds=ValueError, what=""):
+    """Turns errors of these kinds about the user's arguments into a clear message, which `what` opens."""
     try:
         yield
-    except ValueError as error:
-        die(error)
+    except kinds as error:
+        die(what + " ".join(str(error).split()))
 
 
 @contextlib.contextmanager
