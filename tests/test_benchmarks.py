@@ -169,6 +169,7 @@ def test_both_engines_run_and_leave_only_the_results(tmp_path, monkeypatch):
     """Every turn is taken here and not in a process of its own: the tests below and above have those."""
     pytest.importorskip("trl")
     (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.parent / "inductor"))  # torch's own, kept
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(vs_trl, "alone", lambda function, *args: function(*args))
     monkeypatch.setattr(os, "environ", os.environ.copy())  # main() changes it for its turns
