@@ -31,10 +31,10 @@ llm: .venv/llm
 	.venv/bin/python llm_demo.py
 
 test: .venv/dev
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 -m "slow or not slow"
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "slow or not slow"
 
 check: .venv/dev
-	.venv/bin/python -m pytest -n auto --maxprocesses 4
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict  # a notice about its successor

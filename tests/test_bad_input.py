@@ -422,6 +422,7 @@ sft.main(parse(sft.Args, sft.PRESETS))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_a_checkpoint(folder):
     """Files may grow to 60 KB here: too few for a checkpoint. The old one stays, whole."""
     (folder / "out").mkdir()

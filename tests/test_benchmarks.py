@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 
@@ -83,6 +85,7 @@ def test_a_turn_is_a_process_whose_failure_is_ours(monkeypatch):
         assert stopped.value.code == code
 
 
+@pytest.mark.slow
 def test_turns_side_by_side_keep_their_numbers(monkeypatch, tmp_path):
     """Two at a time: the first ends only when the second has begun, and each result has its call's number."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -116,14 +119,24 @@ def test_compare_is_in_standard_errors_and_of_the_rise():
 
 
 @pytest.mark.parametrize("words, code, said", [
-    (["--help"], 0, "--rounds"), (["--steps", "1"], 2, "--steps 1"), (["--out", "x.json"], 2, "--out x.json"),
-    ([], 2, "'.[dev]'")])
-def test_command_line(words, code, said, tmp_path):
-    """Help, bad input and a missing trl: one clear line, exit code 2 and no file."""
-    hide = f"import sys, runpy; sys.modules['trl'] = None; sys.argv[1:] = {words!r}; "
+    (["--help"], 0, "--rounds"), (["--steps", "1"], 2, "--steps 1"),
+    (["--out", "x.json"], 2, "--out x.json")])
+def test_command_line(words, code, said, tmp_path, monkeypatch, capsys):
+    """Help and bad input: one clear line, exit code 2 and no file."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        helpers.cli(vs_trl, *words)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == code and said in out + err and err.count("\n") == bool(code)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_trl(tmp_path):
+    """One clear line, exit code 2 and no file."""
+    hide = "import sys, runpy; sys.modules['trl'] = None; "
     hide += f"runpy.run_path({str(ROOT / 'benchmarks' / 'vs_trl.py')!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "'.[dev]'" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -152,18 +165,21 @@ def test_learn_wants_a_bpe_policy_that_has_room(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_both_engines_run_and_leave_only_the_results(tmp_path):
+def test_both_engines_run_and_leave_only_the_results(tmp_path, monkeypatch):
+    """Every turn is taken here and not in a process of its own: the tests below and above have those."""
     pytest.importorskip("trl")
     (tmp_path / "tmp").mkdir()
-    command = [sys.executable, "benchmarks/vs_trl.py", "--steps", "2", "--warmup", "1", "--rounds", "1",
-               "--threads", "1", "--out", str(tmp_path / "vs.csv")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"TMPDIR": str(tmp_path / "tmp")})
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.parent / "inductor"))  # torch's own, kept
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(vs_trl, "alone", lambda function, *args: function(*args))
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # main() changes it for its turns
+    with helpers.quiet_signals():
+        vs_trl.main(vs_trl.Args(steps=2, warmup=1, rounds=1, threads=1, prompts_per_step=4, max_new=32,
+                                out=str(tmp_path / "vs.csv")))
     rows = list(csv.DictReader(open(tmp_path / "vs.csv", newline="")))
     record = json.loads((tmp_path / "vs.json").read_text())
     assert {r["engine"] for r in rows} == {"ours", "trl"}
-    sizes = {"prompts_per_step": "8", "group_size": "8", "prompt_len": "32", "max_new": "64", "compiled": "0"}
+    sizes = {"prompts_per_step": "4", "group_size": "8", "prompt_len": "32", "max_new": "32", "compiled": "0"}
     assert all(sizes.items() <= row.items() for row in rows)
     assert all(float(r["seconds_per_step"]) > 0 for r in rows)
     for row in (r for r in rows if r["run"] == "phases"):

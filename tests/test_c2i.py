@@ -292,6 +292,7 @@ def test_groups_of_equal_rewards_are_counted_whatever_their_reward():
     assert torch.full((8,), 0.1).std() > 0
 
 
+@pytest.mark.slow
 def test_a_reward_of_the_users_is_raised():
     """Bright and dark images as it says, judged on the same draws; images come as 0 … 1, labels as 0 … 9."""
     Path("rewards.py").write_text(BRIGHT)
@@ -584,8 +585,9 @@ def test_digits_get_better_and_mse_raises_its_own_reward():
 
     The mse's mean over 15 steps has a standard error of 0.0005; over 60 steps it rose by 0.0026.
     """
-    shared = ["--device", "cpu", "--vq-steps", 150, "--save-every", 0, "--log-image-every", 0]
-    cli(c2i_grpo, *shared, "--steps", 30, "--eval-every", 0)
+    shared = ["--device", "cpu", "--vq-steps", 100, "--gpt-steps", 250, "--save-every", 0,
+              "--log-image-every", 0]
+    cli(c2i_grpo, *shared, "--steps", 20, "--lr", 1e-3, "--eval-every", 0)
     end = float(numbers()[-1]["accuracy"])
     cli(c2i_grpo, *shared, "--steps", 60, "--sampling", "teacher-forced", "--eval-every", 60)
     rows = numbers()

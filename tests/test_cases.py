@@ -465,6 +465,7 @@ def test_a_run_that_was_killed_before_it_saved(capsys):
     assert not Path("out/.0000003.tmp").exists()
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed_narrow_or_broken():
     code = (f"exec {sys.executable} {ROOT}/sample.py --policy {tiny()}/policy.pth --max_new 4 "
             "--temperature 9 --num_samples 50")
@@ -479,6 +480,7 @@ def test_a_variable_that_another_tool_left(name, monkeypatch, capsys):
     refused(capsys, device.world, f"unset {name}", "torchrun")
 
 
+@pytest.mark.slow
 def test_shapes_are_checked_under_python_O():
     code = """if True:
         import torch

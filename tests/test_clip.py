@@ -57,7 +57,7 @@ def make(sizes=TINY, seed=0, context_length=24):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, undrawn):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STOP_AT_CALL", raising=False)
     model, config = make()
@@ -536,6 +536,8 @@ def test_a_new_start_leaves_no_gradient_for_the_first_step():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
+@pytest.mark.slow
+@pytest.mark.pictures
 def test_reward_and_accuracy_rise_from_a_contrastive_start():
     """The small CLIP learns digits half-way, then three epochs of GRPO: +10 points where it began at 50 %."""
     run("--start-accuracy", 0.5, "--epochs", 3, "--lr", 1e-3, "--plot-metrics")
@@ -547,6 +549,7 @@ def test_reward_and_accuracy_rise_from_a_contrastive_start():
     assert 0 < column("kl")[-1] and column("top1_rotated")[-1] < top1[-1]
 
 
+@pytest.mark.pictures
 def test_folder_of_images_with_bf16(capsys):
     image_folder(Path("made"), n=6, broken=True)
     words = ["--model", "tiny.pth", "--dataset", "made", "--epochs", 2, "--batch-size", 4,
@@ -562,11 +565,12 @@ def test_folder_of_images_with_bf16(capsys):
 
 
 @pytest.mark.slow
-def test_random_vit_b_32_learns_two_classes(tmp_path):
-    """Half a minute in fp32 on an idle core; bf16 on a CPU is here to run, not to be fast."""
+def test_random_vit_b_32_learns_two_classes(tmp_path, monkeypatch):
+    """A quarter of ViT-B/32's width, all of its 224 pixels and 12 layers; bf16 is here to run."""
+    monkeypatch.setitem(SIZES, "ViT-B/32", (128, 224, 12, 192, 32, 128, 2, 2))
     image_folder(tmp_path / "made", size=(48, 48), n=16)
     words = ["--model", "ViT-B/32", "--weights", "random", "--dataset", "made", "--batch-size", 16,
-             "--lr", 1e-4, "--num-workers", 0, "--log-every", 1]
+             "--lr", 1e-3, "--num-workers", 0, "--log-every", 1]
     run(*words, "--epochs", 2)
     top1 = column("top1")
     assert top1[-1] > top1[0] + 0.2

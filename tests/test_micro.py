@@ -1,6 +1,7 @@
 """micro_grpo.py: its loss against grpo.py's, a short run that learns, and the whole run of one seed."""
 import copy
 import re
+import runpy
 import subprocess
 import sys
 
@@ -77,10 +78,13 @@ def run(*words):
 
 
 @pytest.mark.parametrize("words", [["x"], ["1", "2"], ["9" * 30]])
-def test_a_bad_seed_is_one_line(words):
-    done = run(*words)
-    assert done.returncode == 2 and not done.stdout
-    assert re.fullmatch(rf"error: seed '{re.escape(' '.join(words))}': wanted .*\n", done.stderr)
+def test_a_bad_seed_is_one_line(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["micro_grpo.py", *words])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "micro_grpo.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and not out
+    assert re.fullmatch(rf"error: seed '{re.escape(' '.join(words))}': wanted .*\n", err)
 
 
 @pytest.mark.slow

@@ -125,14 +125,15 @@ def kill_at_row(process, path, row):
     assert process.returncode == -signal.SIGKILL, f"it wasn't killed: {process.returncode} {output}"
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("reward_model", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
 def test_killed_at_a_random_row_and_resumed(stage):
     module, words = run_of(stage)
     if stage == "sft":
-        words = words[:-1] + ["150"]  # long enough to be caught in the middle
+        words = words[:-1] + ["100"]  # long enough to be caught in the middle
     else:
         words = words[:-1] + ["4"]
-    row = random.SystemRandom().randrange(7, 50)
+    row = random.SystemRandom().randrange(7, 40)
     print(f"killed at row {row}")
     kill_at_row(child(module, [*words, "--log", "log.csv", "--out", "out"]), "log.csv", row)
     resumed_equals_whole(module, words, stage, [*words, "--log", "log.csv", "--out", "out", "--resume"])

@@ -5,10 +5,10 @@ import importlib
 import io
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -209,9 +209,8 @@ def test_a_run_that_fails_says_what_it_said(capsys):
     assert "--minibatches 3" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["roofline", "scaling"])
-def test_help(name):
-    command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "--out" in done.stdout
+@pytest.mark.parametrize("module", [roofline, scaling])
+def test_help(module, capsys):
+    with pytest.raises(SystemExit) as left:
+        helpers.cli(module, "--help")
+    assert left.value.code == 0 and "--out" in capsys.readouterr().out

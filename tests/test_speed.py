@@ -1,5 +1,7 @@
 """What speed and many processes may not change: the numbers. And how a run of several ends when one dies."""
+import contextlib
 import functools
+import json
 import os
 import shutil
 import socket
@@ -10,7 +12,7 @@ import time
 import pytest
 import torch
 import test_model
-from helpers import ROOT, cli, environment, numbers, rl, weights
+from helpers import ROOT, cli, environment, numbers, rl
 from test_model import check_against_slow, close, prompts, seeded
 from test_model import tiny as tiny_model
 
@@ -130,31 +132,83 @@ def test_compiled_learns_the_same():
 
 
 # ---- several processes ----
+def two_ranks(*words):
+    """Python with these words as two ranks without torchrun, as a cluster's own launcher would."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=str(ROOT))
+    return [subprocess.Popen([sys.executable, *map(str, words)], text=True,
+                             env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(2)]
+
+
+ONE_AFTER_ANOTHER = """
+import json, runpy, sys
+from utils import ranks
+stop, ranks.stop = ranks.stop, lambda: None  # the processes stay joined from run to run
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+    print("next", flush=True)
+stop()
+"""
+CASES = {"grpo": (train_grpo, ["--minibatches", 2]),
+         "dapo": (train_grpo, ["--objective", "dapo", "--micro_batch", 1]), "ppo": (train_ppo, [])}
+
+
+@pytest.fixture(scope="module")
+def two_and_one(tmp_path_factory):
+    """A folder with the runs of all cases: whole on one process, and 6 steps of one that go on as two.
+
+    Also 6 steps of two. The two processes serve all cases: importing torch takes longer than these steps.
+    """
+    jobs, folder = [], tmp_path_factory.mktemp("two")
+    with contextlib.chdir(folder):
+        for name, (module, more) in CASES.items():
+            words = rl("--save_every", 3, *more, reward="share_of_e")
+            cli(module, *words, "--steps", 6, "--log", f"{name}/one.csv", "--out", f"{name}/one")
+            cli(module, *words, "--steps", 10, "--log", f"{name}/whole.csv", "--out", f"{name}/whole")
+            words = [ROOT / f"{module.__name__}.py", *words]
+            jobs.append([*words, "--steps", 6, "--log", f"{name}/two.csv", "--out", f"{name}/two"])
+            jobs.append([*words, "--steps", 10, "--log", f"{name}/one.csv", "--out", f"{name}/one",
+                         "--resume"])
+        both = two_ranks("-c", ONE_AFTER_ANOTHER, json.dumps([list(map(str, words)) for words in jobs]))
+        (said, errors), (silent, _) = [process.communicate(timeout=280) for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert silent.split() == ["next"] * len(jobs), "rank 0 alone speaks"
+    assert [part.count("held out: ") for part in said.split("next\n")] == [1] * len(jobs) + [0]
+    return folder
+
+
+def seen(path):
+    """A policy's weights as one vector, but for the keys' biases, which softmax cancels.
+
+    Their gradient is rounding alone, and AdamW makes steps of its own size from it.
+    """
+    weights = torch.load(path, weights_only=True)["model"]
+    biases = {name: w.chunk(3) for name, w in weights.items() if name.endswith("c_attn.bias")}
+    weights |= {name: torch.cat([query, value]) for name, (query, _, value) in biases.items()}
+    return torch.cat([w.flatten() for w in weights.values()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one_and_go_on_as_one_and_back(name, two_and_one):
+    """6 steps of two processes go on as one to step 10; 6 steps of one went on as two."""
+    module, more = CASES[name]
+    shutil.copytree(two_and_one / name, name)
+    words = rl("--save_every", 3, *more, reward="share_of_e")
+    cli(module, *words, "--steps", 10, "--log", f"{name}/two.csv", "--out", f"{name}/two", "--resume")
+    for part in ("two", "one"):
+        same(rows(f"{name}/whole.csv"), rows(f"{name}/{part}.csv"), NAMES, 1e-4)
+        close(seen(f"{name}/whole/policy.pth"), seen(f"{name}/{part}/policy.pth"), atol=1e-4)
+
+
 def torchrun(name, *words):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
     return subprocess.run([*command, str(ROOT / name), *map(str, words)], env=environment(),
                           capture_output=True, text=True, timeout=280)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module, words", [
-    (train_grpo, ["--minibatches", 2]), (train_grpo, ["--objective", "dapo", "--micro_batch", 1]),
-    (train_ppo, [])])
-def test_two_processes_are_one_and_go_on_as_one_and_back(module, words):
-    """6 steps of two processes go on as one to step 10; 6 steps of one go on as two."""
-    name = f"{module.__name__}.py"
-    words = rl("--save_every", 3, *words, reward="share_of_e")
-    cli(module, *words, "--steps", 6, "--log", "one.csv", "--out", "one")
-    cli(module, *words, "--steps", 10, "--log", "whole.csv", "--out", "whole")
-    run = torchrun(name, *words, "--steps", 6, "--log", "two.csv", "--out", "two")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("held out: ") == 1, "rank 0 alone speaks"
-    cli(module, *words, "--steps", 10, "--log", "two.csv", "--out", "two", "--resume")
-    run = torchrun(name, *words, "--steps", 10, "--log", "one.csv", "--out", "one", "--resume")
-    assert run.returncode == 0, run.stderr
-    for part in ("two", "one"):
-        same(rows("whole.csv"), rows(f"{part}.csv"), NAMES, 1e-4)
-        close(weights("whole/policy.pth"), weights(f"{part}/policy.pth"), atol=1e-4)
 
 
 @pytest.mark.slow
@@ -188,24 +242,12 @@ def refuses(completions, prompts, **columns):
 """
 
 
-def two_ranks(*words, port=None):
-    """train_grpo.py as two ranks without torchrun, as a cluster's own launcher would."""
-    if port is None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-    common = environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return [subprocess.Popen([sys.executable, str(ROOT / "train_grpo.py"), *map(str, words)], text=True,
-                             env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(2)]
-
-
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_the_checkpoint_stays():
     with open("lone.py", "w") as file:
         file.write(LONE)
     words = rl("--steps", 50, "--save_every", 2, reward="lone.py:dies")
-    first, second = two_ranks(*words, "--log", "log.csv", "--out", "out")
+    first, second = two_ranks(ROOT / "train_grpo.py", *words, "--log", "log.csv", "--out", "out")
     assert second.wait(200) == -9
     began = time.time()
     out, err = first.communicate(timeout=60)
@@ -221,7 +263,8 @@ def test_a_killed_process_ends_the_other_and_the_checkpoint_stays():
 def test_trouble_of_one_rank_alone_is_said_by_it():
     with open("lone.py", "w") as file:
         file.write(LONE)
-    first, second = two_ranks(*rl("--steps", 2, reward="lone.py:refuses"), "--log", "log.csv", "--out", "out")
+    words = rl("--steps", 2, "--log", "log.csv", "--out", "out", reward="lone.py:refuses")
+    first, second = two_ranks(ROOT / "train_grpo.py", *words)
     err = second.communicate(timeout=200)[1]
     assert second.returncode == 2 and err.startswith("rank 1: error: --reward lone.py:refuses returned"), err
     assert first.wait(60) == 2

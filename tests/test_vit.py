@@ -21,7 +21,7 @@ SMALL = ["--device", "cpu", "--width", 16, "--heads", 2, "--depth", 1, "--batch_
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, undrawn):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -160,6 +160,7 @@ def test_the_same_loss_raises_the_reward_of_each_task():
 
 
 # ---- the script ----
+@pytest.mark.pictures
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_from_start_to_pictures(task):
     rows = run("--task", task, "--steps", 3)
@@ -273,6 +274,7 @@ def shapes(folder, task, n=10):
     return folder
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("task", TASKS)
 def test_folders_train(task, folder):
     size, sft_steps = {"class": (16, 5), "box": (32, 60), "mask": (16, 10)}[task]

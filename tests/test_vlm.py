@@ -44,7 +44,7 @@ SMALL = ["--device", "cpu", "--per_device_train_batch_size", 8, "--group_size", 
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, undrawn):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -185,6 +185,7 @@ def test_the_pixels_are_where_scales_say(processor):
     assert (back - torch.tensor([84.0, 42, 252, 126])).abs().max() < 4  # a pixel of what it saw is 3 wide
 
 
+@pytest.mark.pictures
 def test_the_picture_shows_boxes_where_they_are(processor):
     load = load_examples(user_file(2), ".", processor)
     draw("plain.png", load, {})
@@ -493,6 +494,7 @@ def test_a_field_of_trl_passes_through(start, monkeypatch):
     assert config.generation_batch_size == 16
 
 
+@pytest.mark.pictures
 def test_preview_draws_before_any_training(start, capsys):
     cli(vlm_grpo, "--preview", "--data", user_file(3), "--log", "logs/a.csv")
     cli(vlm_grpo, "--preview", "--data", "data.json", "--model", start, "--log", "logs/b.csv")

@@ -67,18 +67,11 @@ def parse(args_class, presets=None, default=None):
         first.error = lambda message: die(f"{message}: wanted one of {', '.join(presets)}")
         known, rest = first.parse_known_args(rest)
         default = presets.get(known.preset, default)
-    description = sys.modules[args_class.__module__].__doc__
-    groups = flag_groups(args_class, default)
-    if groups is None:
-        args = tyro.cli(args_class, prog=prog, args=rest, use_underscores=True, default=default,
-                        description=description)
-    else:
-        by_group = tyro.cli(groups, prog=prog, args=rest, use_underscores=True, description=description)
-        values = {}
-        for part in dataclasses.fields(by_group):
-            value = getattr(by_group, part.name)
-            values |= vars(value) if dataclasses.is_dataclass(value) else {part.name: value}
-        args = args_class(**values)
+    given, values = tyro.cli(flag_groups(args_class, default), prog=prog, args=rest, use_underscores=True,
+                             description=sys.modules[args_class.__module__].__doc__), {}
+    for name, value in vars(given).items():
+        values |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
+    args = args_class(**values)
     for name, hint in typing.get_type_hints(args_class, include_extras=True).items():
         at_least(args, **{name: mark.low for mark in getattr(hint, "__metadata__", ())
                           if isinstance(mark, AtLeast)})
@@ -117,7 +110,7 @@ def canonical_names(words, aliases):
 
 
 def flag_groups(args_class, default):
-    """A class with a dataclass a banner of args_class's source, for --help; None where there is no banner."""
+    """A class with a dataclass for each banner in args_class's source, for --help; others stay alone."""
     import tyro
     hints = typing.get_type_hints(args_class, include_extras=True)
     fields = {field.name for field in dataclasses.fields(args_class)}
@@ -127,28 +120,29 @@ def flag_groups(args_class, default):
         title, flag = re.match(r"\s+# ---- (.+?) ----", line), re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
         if title:
             banner = title[1]
-        elif flag and flag[1] in fields and banner:
+        elif flag and flag[1] in fields:
             members.setdefault(banner, []).append(flag[1])
             helps[flag[1]] = flag[2] or ""
-    if banner is None:
-        return None
     old_names = {new.partition("=")[0]: old for old, new in getattr(args_class, "ALIASES", {}).items()}
 
     def member(name):
         marks = getattr(hints[name], "__metadata__", ())
         low = "".join(f"; at least {mark.low}" for mark in marks if isinstance(mark, AtLeast))
         old = f"; formerly --{old_names[name]}" if name in old_names else ""
-        hint = typing.Annotated[hints[name], tyro.conf.arg(help=helps[name] + low + old)]
-        return name, hint, dataclasses.field(default_factory=lambda: getattr(default, name))
+        about = tyro.conf.arg(help=(helps[name] + low + old).removeprefix("; ") or None)
+        value = dataclasses.field(default_factory=lambda: getattr(default, name))
+        return name, typing.Annotated[hints[name], about], value
 
     parts = []
     for banner, names in members.items():
         alone = [name for name in names if isinstance(getattr(default, name), dict)]  # --trl.NAME has a dot
-        group = dataclasses.make_dataclass("Group", [member(name) for name in names if name not in alone])
-        group.__doc__ = banner[0].upper() + banner[1:] + "."
-        title = re.sub(r"\W+", "_", banner.partition(":")[0].removeprefix("the "))
-        parts += [(title, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group))]
-        parts += [member(name) for name in alone]
+        if banner:
+            group = dataclasses.make_dataclass("Group", [member(name) for name in names if name not in alone])
+            about = tyro.conf.arg(help=banner[0].upper() + banner[1:] + ".")  # else tyro reads sources for it
+            title = re.sub(r"\W+", "_", banner.partition(":")[0].removeprefix("the "))
+            hint = typing.Annotated[tyro.conf.OmitArgPrefixes[group], about]
+            parts += [(title, hint, dataclasses.field(default_factory=group))]
+        parts += [member(name) for name in (alone if banner else names)]
     return dataclasses.make_dataclass("Flags", parts)
 
 
@@ -161,12 +155,12 @@ def at_least(args, **least):
 
 
 @contextlib.contextmanager
-def refusing():
-    """Turns a ValueError about the user's arguments into a clear message."""
+def refusing(kinds=ValueError, what=""):
+    """Turns errors of these kinds about the user's arguments into a clear message, which `what` opens."""
     try:
         yield
-    except ValueError as error:
-        die(error)
+    except kinds as error:
+        die(what + " ".join(str(error).split()))
 
 
 @contextlib.contextmanager

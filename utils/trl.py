@@ -4,7 +4,6 @@ TRL's defaults are not GRPO's, so every field that changes what is learnt is set
 minibatches it divides by the average minibatch's tokens, and it shuffles answers, not groups.
 Left out: TRL's own techniques; --trl.NAME VALUE sets any field that no flag sets.
 """
-import contextlib
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from utils import ranks
-from utils.cli import die, need
+from utils.cli import die, need, refusing
 from utils.device import pick_autocast
 
 LOSSES = {  # (surrogate, reduce) of an Objective: TRL's loss_type
@@ -116,13 +115,9 @@ def rollout_config(objective, args, device, updates):
     }, optim="adamw_torch_fused", adam_beta2=0.99, save_total_limit=2, ddp_find_unused_parameters=False)
 
 
-@contextlib.contextmanager
 def trl_refusing():
     """Turns what TRL raises about its configuration into a clear message."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        die(f"TRL refuses this configuration: {' '.join(str(error).split())}")
+    return refusing((ValueError, TypeError, ImportError, RuntimeError), "TRL refuses this configuration: ")
 
 
 def export(policy, tokenizer, folder):
