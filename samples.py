@@ -1,0 +1,103 @@
+"""NAME.samples.jsonl: all answers to a few held-out prompts at every evaluation, token by token, for report.py.
+
+The policy answers before a step's update, from random numbers of these answers alone. After the update it
+scores them again, so the ratio has left 1. A last line has the answers after the last step.
+Left out: --tis_cap, --top_entropy and --overlong mask, which weigh the tokens of training alone.
+Run: python train_grpo.py --samples 4
+"""
+import json
+import math
+
+import torch
+
+import techniques
+from answers import Answers
+from generate import score
+from grpo import group_advantage
+from ppo import gae, token_reward, whiten
+from utils.cli import beside, writing
+from utils.device import rank
+from utils.run import step_generator
+
+
+class Samples:
+    """draw() before a step's update, write() after it. Rank 0 does both, from its own weights."""
+
+    def __init__(self, args):
+        self.args, self.line = args, None
+        self.path = beside(args.log, ".samples.jsonl")
+
+    @torch.no_grad()
+    def draw(self, step, env, trained, ref):
+        """G answers to each of K prompts, always from the same random numbers; what each is worth now."""
+        args, G, K = self.args, self.args.group_size, min(self.args.samples, len(env.held_out.texts))
+        if rank() or not K:
+            return
+        prompts, repeated = (env.held_out.pick(torch.arange(K), n) for n in (1, G))
+        uniforms = torch.rand(K * G, env.T, generator=step_generator(args.seed, 10**6 + 1))
+        tokens, logp, mask, texts = env.sample(trained["model"], prompts, G, uniforms)
+        reward = env.reward_of(tokens, mask, repeated, texts).view(K, G)
+        longest = int(mask.any(0).sum())
+        tokens, logp, mask = (x[:, :x.shape[1] - env.T + longest].unflatten(0, (K, G))
+                              for x in (tokens, logp, mask))
+        pad = None if repeated.pad is None else repeated.pad.view(K, G).to(env.device)
+        answers = Answers(tokens, logp, mask, pad, repeated, texts, slice(0, K), K)
+        logp_old, logp_ref = (scored(model, answers, env)[0] for model in (trained["model"], ref))
+        adv = advantage(args, answers, env, trained, reward, logp_old, logp_ref)
+        self.answers, self.env, self.trained, self.ref = answers, env, trained, ref
+        self.line = {"step": step, "prompts": [{"prompt": text} for text in prompts.texts]}
+        self.values = {"reward": reward, "advantage": adv, "logp_old": logp_old, "logp_ref": logp_ref}
+
+    @torch.no_grad()
+    def write(self, updated=True):
+        """Adds the line of what was drawn, if anything was, with the log-probabilities of now."""
+        if self.line is None:
+            return
+        logp, entropy = scored(self.trained["model"], self.answers, self.env)
+        values = self.values | {"logp": logp, "entropy": entropy}
+        for k, prompt in enumerate(self.line["prompts"]):
+            prompt["answers"] = [self.answer(k, g, values) for g in range(self.args.group_size)]
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(self.line | {"updated": updated}) + "\n")
+        self.line = None
+
+    def answer(self, k, g, values):
+        """Answer g to prompt k: what is one for the whole answer as a number, the rest a list of tokens'."""
+        mask = self.answers.mask[k, g]
+        ids = self.answers.tokens[k, g, -len(mask):][mask].tolist()
+        texts = {"text": self.answers.texts[k * self.args.group_size + g], "tokens": ids,
+                 "decoded": [self.env.tokenizer.decode([token]) for token in ids]}
+        return texts | {name: plain(x[k, g] if x.dim() == 2 else x[k, g][mask]) for name, x in values.items()}
+
+    def last(self, step):
+        """A line of the policy after the last step: there is no update behind it, so its ratios are 1."""
+        if not rank() and self.args.samples and hasattr(self, "env"):
+            self.draw(step, self.env, self.trained, self.ref)
+            self.write(updated=False)
+
+
+def scored(model, answers, env):
+    """Log-probability and entropy under the model, (K, G, T) each, a group a pass."""
+    with env.run.autocast():
+        each = [score(model, tokens, env.P, env.args.temperature, None if answers.pad is None else
+                      answers.pad[k], len(tokens) if env.share_prompt else 1)
+                for k, tokens in enumerate(answers.tokens)]
+    return [torch.stack(x) for x in zip(*each)]
+
+
+def advantage(args, answers, env, trained, reward, logp_old, logp_ref):
+    """As in training, of these answers alone: (K, G); PPO's is one a token, GAE whitened: (K, G, T)."""
+    earned = techniques.less_penalty(reward, answers.mask.sum(2).cpu(), args)
+    if "critic" in trained:
+        paid = token_reward(earned.to(env.device), logp_old, logp_ref, answers.mask, args.beta)
+        value = env.value(trained["critic"], answers)
+        return whiten(gae(paid, value, answers.mask, args.gamma, args.lam)[0], answers.mask)
+    objective, weight = techniques.pick_objective(args)
+    kl = torch.where(answers.mask, logp_old - logp_ref, 0.0).sum(2).cpu()
+    return group_advantage(earned - weight * kl, objective.baseline, objective.scale)
+
+
+def plain(x):
+    """A tensor as JSON has it, in seven digits; null for what is not finite."""
+    values = [float(f"{v:.7g}") if math.isfinite(v) else None for v in x.flatten().tolist()]
+    return values if x.dim() else values[0]
