@@ -1,0 +1,158 @@
+"""CSV logs and their samples -> one HTML page: curves, answers token by token, a token's own loss by hand.
+
+The page needs no network. Its script is in utils/report.html. Each token's term of the loss comes from
+grpo_loss or ppo_policy_loss themselves, and the page shows the steps that lead there.
+Left out: what --tis_cap, --top_entropy and --overlong mask change; answers of several turns.
+Run: python report.py logs/grpo.csv logs/ppo.csv --output logs/report.html
+"""
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import utils  # before torch: it sets how OpenMP's threads wait
+
+import jinja2
+import torch
+import tyro
+from torch.nn.utils.rnn import pad_sequence
+
+from grpo import Objective, grpo_loss
+from ppo import ppo_policy_loss
+from utils.cli import atomic_write, beside, die, parse
+from utils.figure import read_runs
+from utils.page import PER_TOKEN, panels, read_record, read_samples, with_steps
+
+@dataclass
+class Args:
+    files: tyro.conf.Positional[tuple[str, ...]] = ()  # CSVs; NAME-s0.csv, NAME-s1.csv … are one run
+    output: str = ""  # the page; else beside the first CSV, with .html
+    json: str = ""  # the page's data go there too
+
+
+# ---- the loss of a token ----
+def loss_terms(answers, loss):
+    """Each token's part of the loss before the mean is taken -> [[a number a token], one list an answer].
+
+    loss: an Objective, or PPO's ε. An Objective's ratio may be one of the whole answer. So grpo_loss sees the
+    whole answer, with the advantage and the KL of all other tokens set to 0.
+    """
+    columns = {name: [torch.tensor([float("nan") if x is None else x for x in answer[name]],
+                                   dtype=torch.float64) for answer in answers] for name in PER_TOKEN[:3]}
+    columns["adv"] = [torch.tensor(a["advantage"], dtype=torch.float64).expand(len(a["tokens"]))
+                      for a in answers]
+    columns["mask"] = [torch.ones(len(answer["tokens"]), dtype=torch.bool) for answer in answers]
+    logp, logp_old, logp_ref, adv, mask = (pad_sequence(c, batch_first=True) for c in columns.values())
+
+    def term(logp, logp_old, logp_ref, adv, mask, token):  # (T,) each; token is True at one place
+        if not isinstance(loss, Objective):
+            return ppo_policy_loss(logp[None], logp_old[None], adv[None], (mask & token)[None], loss)[0]
+        adv, logp_ref = torch.where(token, adv, 0.0), torch.where(token, logp_ref, logp)
+        by_group = [x[None, None] for x in (logp, logp_old, logp_ref, adv, mask)]
+        return grpo_loss(*by_group, replace(loss, reduce="sum"), n_answers=1)[0]
+    each = torch.vmap(torch.vmap(term, (None, None, None, None, None, 0)), (0, 0, 0, 0, 0, None))
+    values = each(logp, logp_old, logp_ref, adv, mask, torch.eye(mask.shape[1], dtype=torch.bool))
+    return [[float(f"{x:.10g}") if x == x else None for x in row[m].tolist()] for row, m in zip(values, mask)]
+
+
+def divisors(answers, loss, max_len):
+    """What a token's term is divided by in the loss of this group, one number an answer."""
+    lengths, G = [len(answer["tokens"]) for answer in answers], len(answers)
+    if not isinstance(loss, Objective):
+        return [max(1, sum(lengths))] * G
+    by = {"answer": None, "token": max(1, sum(lengths)), "length": G * max_len, "sum": G}[loss.reduce]
+    return [by or G * max(1, length) for length in lengths]
+
+
+def loss_of(record, notes):
+    """The record's objective -> (Objective, or PPO's ε, or None without one; how the page writes it)."""
+    given = record.get("args", {})
+    try:
+        if "objective" in record:
+            return Objective(**record["objective"]), record["objective"]
+        if "value_lr" in given:
+            how = {"ratio": "token", "surrogate": "clip", "eps_low": given["eps"], "eps_high": given["eps"]}
+            return float(given["eps"]), how | {"reduce": "token", "beta": 0.0, "ppo": True}
+    except (TypeError, ValueError, AssertionError) as error:
+        notes.append(f"the record's objective is not known here ({error})")
+    notes.append("no objective in the record beside the CSV, so the page has no formula")
+    return None, None
+
+
+def samples_of(csv, record, run, name, notes):
+    """What the page shows of one CSV's samples, or None where there are none."""
+    path = beside(csv, ".samples.jsonl")
+    if not path.is_file():
+        return None
+    loss, how = loss_of(record, notes)
+    vocabulary, evaluations = {}, read_samples(path, notes)
+    max_len = record.get("args", {}).get("max_new") or 1
+    for evaluation in evaluations:
+        for prompt in evaluation["prompts"]:
+            answers = prompt["answers"]
+            if loss is not None:
+                parts = zip(answers, loss_terms(answers, loss), divisors(answers, loss, max_len))
+                for answer, term, divisor in parts:
+                    answer |= {"term": term, "divisor": divisor}
+            for answer in answers:
+                vocabulary |= zip(map(str, answer["tokens"]), answer.pop("decoded"))
+    return {"run": run, "name": name, "objective": how, "max_new": max_len, "vocabulary": vocabulary,
+            "evaluations": evaluations}
+
+
+# ---- the page ----
+def collected(files):
+    """All that the page shows, as plain values."""
+    runs = with_steps(read_runs(files))
+    data = {"runs": [], "panels": panels(runs), "samples": []}
+    for i, (name, frames) in enumerate(runs.items()):
+        notes, records = [], []
+        for frame in frames:
+            csv = Path(frame.attrs["path"])
+            if not csv.read_bytes().endswith((b"\n", b"\r")):
+                notes.append(f"{csv.name} ends within a line, as a kill leaves it: that row is left out")
+            records.append(read_record(beside(csv, ".json"), notes))
+            label = name if len(frames) == 1 else csv.stem
+            samples = samples_of(csv, records[-1], i, label, notes)
+            data["samples"] += [samples] if samples and samples["evaluations"] else []
+        if not any(samples["run"] == i for samples in data["samples"]):
+            notes.append("no samples beside the CSV: train_grpo.py and train_ppo.py write them, unless "
+                         "--samples is 0")
+        steps = [int(frame["step"].dropna().max()) if frame["step"].notna().any() else 0 for frame in frames]
+        files = [frame.attrs["path"] for frame in frames]
+        data["runs"].append({"name": name, "files": files, "last_step": max(steps), "notes": notes,
+                             "record": records[0]})
+    return data
+
+
+def page(data):
+    """The data as HTML: one file, whose script is the only one that a browser may run."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    template = environment.from_string((Path(__file__).parent / "utils/report.html").read_text("utf-8"))
+    nonce = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:32]
+    return template.render(data=data, nonce=nonce).encode("utf-8", "replace")
+
+
+def main(args):
+    if not args.files:
+        die("no CSV given: python report.py logs/grpo.csv logs/ppo.csv")
+    output = args.output or str(beside(args.files[0], ".html"))
+    for flag, path, ending in (("output", output, ".html"), ("json", args.json, ".json")):
+        taken = {Path(beside(csv, end)).resolve() for csv in args.files for end in (".json", ".csv")}
+        if path and (Path(path).suffix != ending or Path(path).resolve() in taken):
+            die(f"--{flag} {path}: wanted a name that ends in {ending} and is no file of a run")
+    data = collected(args.files)
+    if args.json:
+        atomic_write(args.json, json.dumps(data, indent=1).encode())
+        print(args.json)
+    content = page(data)
+    atomic_write(output, content)
+    for run in data["runs"]:
+        for note in run["notes"]:
+            print(f"{run['name']}: {note}")
+    print(f"{output}, {len(content) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main(parse(Args))
