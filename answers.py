@@ -38,9 +38,9 @@ class Answers:
         pad = None if prompts.pad is None else prompts.pad.view(mask.shape[:2])
         return cls(tokens, None, mask, pad, prompts, texts, env.share, env.args.prompts_per_step)
 
-    def parts(self, size=0):
-        """All rows, as tensors of at most `size`; 0: one."""
-        return torch.arange(len(self.tokens)).split(size or len(self.tokens))
+    def parts(self, args):
+        """All rows, in parts of --micro_batch."""
+        return torch.arange(len(self.tokens)).split(args.micro_batch or len(self.tokens))
 
     def padding(self, rows):
         return None if self.pad is None else self.pad[rows].flatten()

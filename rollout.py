@@ -40,7 +40,6 @@ class Environment:
                                      self.task)
         share_prompt = getattr(args, "share_prompt", "no")  # PPO's answers stand alone
         self.share_prompt = share_prompt == "yes" or share_prompt == "auto" and 2 * self.P >= self.T
-        self.entropy_grad = args.entropy_coef > 0
         self.samples = Samples(args)
         self.compiled = {}
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
@@ -84,20 +83,19 @@ class Environment:
     def score(self, model, answers, rows=None):
         """Log-probability and entropy, (n, G, T) each, of answers `rows`. None: all, in micro-batches."""
         if rows is None:
-            scored = [self.score(model, answers, part) for part in answers.parts(self.args.micro_batch)]
+            scored = [self.score(model, answers, part) for part in answers.parts(self.args)]
             return [torch.cat(x) for x in zip(*scored)]
         tokens = answers.tokens[rows]
         by = self.fast(score, model) if self.args.compile else functools.partial(score, model)
         with self.run.autocast():
             both = by(tokens.flatten(0, 1), self.P, self.args.temperature, answers.padding(rows),
-                      tokens.shape[1] if self.share_prompt else 1, self.entropy_grad)
+                      tokens.shape[1] if self.share_prompt else 1, self.args.entropy_coef > 0)
         return [x.unflatten(0, tokens.shape[:2]) for x in both]
 
     def value(self, critic, answers, rows=None):
         """The critic's value where each token of the answers in `rows` is predicted: (n, G, T)."""
         if rows is None:
-            parts = answers.parts(self.args.micro_batch)
-            return torch.cat([self.value(critic, answers, part) for part in parts])
+            return torch.cat([self.value(critic, answers, part) for part in answers.parts(self.args)])
         tokens = answers.tokens[rows]
         with self.run.autocast():
             value = critic(tokens[..., :-1].flatten(0, 1), answers.padding(rows))

@@ -47,7 +47,7 @@ def pick_objective(args, updates=1):
 
 
 def begin(step, env, trained, ref, optimizer):
-    """Before a step: evaluates and draws samples if due, sets the learning rate, may move π₀, starts the clock.
+    """Before a step: evaluates and samples if due, sets the learning rate, may move π₀, starts the clock.
 
     -> what held-out answers earn, every --eval_every steps, else {}.
     """

@@ -80,8 +80,8 @@ def same_tokenizer(path, content, tokenizer, policy_path):
 
 
 # arguments that a resume may give otherwise than the run began with
-MAY_CHANGE = {"resume", "overwrite", "steps", "grpo_steps", "save_every", "eval_every", "eval_interval", "samples",
-              "num_workers", "track", "log", "log_dir", "out", "output_dir", "ckpt_dir", "device"}
+MAY_CHANGE = {"resume", "overwrite", "steps", "grpo_steps", "save_every", "eval_every", "eval_interval",
+              "samples", "num_workers", "track", "log", "log_dir", "out", "output_dir", "ckpt_dir", "device"}
 
 
 def script(args):

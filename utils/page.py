@@ -82,15 +82,16 @@ def read_samples(path, notes):
             die(f"{path}, line {number}: not the samples of a run ({type(error).__name__}: {error}): move it "
                 "away, and the report has the curves alone")
     if len(evaluations) > EVALUATIONS:
-        notes.append(f"{EVALUATIONS} of the {len(evaluations)} evaluations in {path.name}, at equal distances")
         last = len(evaluations) - 1
+        notes.append(f"{EVALUATIONS} of the {last + 1} evaluations in {path.name}, at equal distances")
         evaluations = [evaluations[round(i * last / (EVALUATIONS - 1))] for i in range(EVALUATIONS)]
     return evaluations
 
 
 def checked(line):
     """The line, if it has what the page shows; else ValueError, KeyError or TypeError."""
-    step, answers = float(line["step"]), [answer for prompt in line["prompts"] for answer in prompt["answers"]]
+    step = float(line["step"])
+    answers = [answer for prompt in line["prompts"] for answer in prompt["answers"]]
     for answer in answers:
         n = len(answer["tokens"])
         adv = answer["advantage"] if isinstance(answer["advantage"], list) else [answer["advantage"]] * n
