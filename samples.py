@@ -24,14 +24,15 @@ class Samples:
     """draw() before a step's update, write() after it. Rank 0 does both, from its own weights."""
 
     def __init__(self, args):
-        self.args, self.line = args, None
+        self.args, self.step, self.held = args, None, None
         self.path = beside(args.log, ".samples.jsonl")
 
     @torch.no_grad()
-    def draw(self, step, env, trained, ref):
+    def draw(self, step, env, trained, ref, due=True):
         """G answers to each of K prompts, always from the same random numbers; what each is worth now."""
         args, G, K = self.args, self.args.group_size, min(self.args.samples, len(env.held_out.texts))
-        if rank() or not K:
+        self.held = env, trained, ref
+        if rank() or not K or not due:
             return
         prompts, repeated = (env.held_out.pick(torch.arange(K), n) for n in (1, G))
         uniforms = torch.rand(K * G, env.T, generator=step_generator(args.seed, 10**6 + 1))
@@ -44,35 +45,24 @@ class Samples:
         answers = Answers(tokens, logp, mask, pad, repeated, texts, slice(0, K), K)
         logp_old, logp_ref = (scored(model, answers, env)[0] for model in (trained["model"], ref))
         adv = advantage(args, answers, env, trained, reward, logp_old, logp_ref)
-        self.answers, self.env, self.trained, self.ref = answers, env, trained, ref
-        self.line = {"step": step, "prompts": [{"prompt": text} for text in prompts.texts]}
+        self.step, self.answers = step, answers
         self.values = {"reward": reward, "advantage": adv, "logp_old": logp_old, "logp_ref": logp_ref}
 
     @torch.no_grad()
     def write(self, updated=True):
         """Adds the line of what was drawn, if anything was, with the log-probabilities of now."""
-        if self.line is None:
+        if self.step is None:
             return
-        logp, entropy = scored(self.trained["model"], self.answers, self.env)
+        env, trained, _ = self.held
+        logp, entropy = scored(trained["model"], self.answers, env)
         values = self.values | {"logp": logp, "entropy": entropy}
-        for k, prompt in enumerate(self.line["prompts"]):
-            prompt["answers"] = [self.answer(k, g, values) for g in range(self.args.group_size)]
-        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(self.line | {"updated": updated}) + "\n")
-        self.line = None
-
-    def answer(self, k, g, values):
-        """Answer g to prompt k: what is one for the whole answer as a number, the rest a list of tokens'."""
-        mask = self.answers.mask[k, g]
-        ids = self.answers.tokens[k, g, -len(mask):][mask].tolist()
-        texts = {"text": self.answers.texts[k * self.args.group_size + g], "tokens": ids,
-                 "decoded": [self.env.tokenizer.decode([token]) for token in ids]}
-        return texts | {name: plain(x[k, g] if x.dim() == 2 else x[k, g][mask]) for name, x in values.items()}
+        append(self.path, self.step, updated, self.answers, env.tokenizer.decode, values)
+        self.step = None
 
     def last(self, step):
         """A line of the policy after the last step: there is no update behind it, so its ratios are 1."""
-        if not rank() and self.args.samples and hasattr(self, "env"):
-            self.draw(step, self.env, self.trained, self.ref)
+        if self.held:
+            self.draw(step, *self.held)
             self.write(updated=False)
 
 
@@ -95,6 +85,21 @@ def advantage(args, answers, env, trained, reward, logp_old, logp_ref):
     objective, weight = techniques.pick_objective(args)
     kl = torch.where(answers.mask, logp_old - logp_ref, 0.0).sum(2).cpu()
     return group_advantage(earned - weight * kl, objective.baseline, objective.scale)
+
+
+# ---- the file: a JSON object a line ----
+def append(path, step, updated, answers, decode, values):
+    """Adds a line. values: {name: (K, G), one an answer, or (K, G, T), one a token}; decode: ids -> text."""
+    K, G, T = answers.mask.shape
+    prompts = [{"prompt": answers.prompts.texts[k * G], "answers": []} for k in range(K)]
+    for k, g in ((k, g) for k in range(K) for g in range(G)):
+        mask = answers.mask[k, g]
+        ids = answers.tokens[k, g, -T:][mask].tolist()
+        own = {name: plain(x[k, g] if x.dim() == 2 else x[k, g][mask]) for name, x in values.items()}
+        prompts[k]["answers"].append({"text": answers.texts[k * G + g], "tokens": ids,
+                                      "decoded": [decode([token]) for token in ids]} | own)
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "updated": updated, "prompts": prompts}) + "\n")
 
 
 def plain(x):

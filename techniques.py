@@ -58,8 +58,7 @@ def begin(step, env, trained, ref, optimizer):
         group["lr"] = group["initial_lr"] * (1 - (1 - args.lr_end) * step / args.steps)
     if args.sync_ref_every and step and step % args.sync_ref_every == 0:
         ref.load_state_dict(policy.state_dict())
-    if due:
-        env.samples.draw(step, env, trained, ref)
+    env.samples.draw(step, env, trained, ref, due)
     env.run.start_clock()
     return held_out
 

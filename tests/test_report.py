@@ -116,11 +116,12 @@ def test_other_processes_than_the_first_draw_nothing(monkeypatch):
 
 
 # ---- a resume, and what is there already ----
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_resumed_samples_are_those_of_the_run_that_never_stopped(name, monkeypatch):
+@pytest.mark.parametrize("name, call", [("grpo", 11), ("ppo", 7)])
+def test_resumed_samples_are_those_of_the_run_that_never_stopped(name, call, monkeypatch):
+    """Stopped in step 4 or 2; of the reward's calls, an evaluation takes one and its samples another."""
     words = ["--steps", 6, "--eval_every", 2, "--save_every", 3]
     whole = run(name, *words, log="whole.csv")
-    monkeypatch.setenv("KILL_AT_CALL", "7")  # of the reward: two evaluations, each with samples, and step 2
+    monkeypatch.setenv("KILL_AT_CALL", str(call))
     monkeypatch.setenv("KILL_WITH", "SIGINT")
     with pytest.raises(SystemExit):
         run(name, *words)
@@ -128,7 +129,7 @@ def test_resumed_samples_are_those_of_the_run_that_never_stopped(name, monkeypat
     path = Path(f"{name}.samples.jsonl")
     assert 0 < len(lines(path)) < len(lines(whole))
     with open(path, "a") as file:  # as if a later evaluation had been cut off by a kill
-        file.write(json.dumps({"step": 4, "prompts": []}) + '\n{"step": 4, "pro')
+        file.write(json.dumps({"step": 5, "prompts": []}) + '\n{"step": 4, "pro')
     run(name, *words, "--resume")
     assert path.read_text() == whole.read_text()
     run(name, *words, "--resume")  # nothing is left to do, and the last line stays
