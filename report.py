@@ -7,7 +7,7 @@ Run: python report.py logs/grpo.csv logs/ppo.csv --output logs/report.html
 """
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import utils  # before torch: it sets how OpenMP's threads wait
@@ -65,18 +65,23 @@ def divisors(answers, loss, max_len):
 
 
 def loss_of(record, notes):
-    """The record's objective -> (Objective, or PPO's ε, or None without one; how the page writes it)."""
-    given = record.get("args", {})
+    """A run's loss by its record -> (Objective, PPO's ε or None; the same as the page wants it; max_new)."""
+    args = record.get("args", {})
     try:
+        max_len = int(args["max_new"])
         if "objective" in record:
-            return Objective(**record["objective"]), record["objective"]
-        if "value_lr" in given:
-            how = {"ratio": "token", "surrogate": "clip", "eps_low": given["eps"], "eps_high": given["eps"]}
-            return float(given["eps"]), how | {"reduce": "token", "beta": 0.0, "ppo": True}
-    except (TypeError, ValueError, AssertionError) as error:
-        notes.append(f"the record's objective is not known here ({error})")
-    notes.append("no objective in the record beside the CSV, so the page has no formula")
-    return None, None
+            loss = Objective(**record["objective"])
+            numbers = [loss.eps_low, loss.eps_high, loss.beta, loss.tau_pos, loss.tau_neg, loss.delta or 0]
+            if all(isinstance(x, (int, float)) for x in numbers):
+                return loss, asdict(loss), max_len
+        if "value_lr" in args:
+            eps = float(args["eps"])
+            how = asdict(Objective(eps_low=eps, eps_high=eps, reduce="token"))
+            return eps, how | {"ppo": True}, max_len
+    except (KeyError, TypeError, ValueError, AssertionError):
+        pass
+    notes.append("the record beside the CSV names no objective of grpo.py, so the page has no formula")
+    return None, None, 1
 
 
 def samples_of(csv, record, run, name, notes):
@@ -84,18 +89,14 @@ def samples_of(csv, record, run, name, notes):
     path = beside(csv, ".samples.jsonl")
     if not path.is_file():
         return None
-    loss, how = loss_of(record, notes)
+    loss, how, max_len = loss_of(record, notes)
     vocabulary, evaluations = {}, read_samples(path, notes)
-    max_len = record.get("args", {}).get("max_new") or 1
-    for evaluation in evaluations:
-        for prompt in evaluation["prompts"]:
-            answers = prompt["answers"]
-            if loss is not None:
-                parts = zip(answers, loss_terms(answers, loss), divisors(answers, loss, max_len))
-                for answer, term, divisor in parts:
-                    answer |= {"term": term, "divisor": divisor}
-            for answer in answers:
-                vocabulary |= zip(map(str, answer["tokens"]), answer.pop("decoded"))
+    for answers in (prompt["answers"] for evaluation in evaluations for prompt in evaluation["prompts"]):
+        if loss is not None:
+            for answer, term, by in zip(answers, loss_terms(answers, loss), divisors(answers, loss, max_len)):
+                answer |= {"term": term, "divisor": by}
+        for answer in answers:
+            vocabulary |= zip(map(str, answer["tokens"]), answer.pop("decoded"))
     return {"run": run, "name": name, "objective": how, "max_new": max_len, "vocabulary": vocabulary,
             "evaluations": evaluations}
 
@@ -119,9 +120,8 @@ def collected(files):
             notes.append("no samples beside the CSV: train_grpo.py and train_ppo.py write them, unless "
                          "--samples is 0")
         steps = [int(frame["step"].dropna().max()) if frame["step"].notna().any() else 0 for frame in frames]
-        files = [frame.attrs["path"] for frame in frames]
-        data["runs"].append({"name": name, "files": files, "last_step": max(steps), "notes": notes,
-                             "record": records[0]})
+        data["runs"].append({"name": name, "files": [frame.attrs["path"] for frame in frames],
+                             "last_step": max(steps), "notes": notes, "record": records[0]})
     return data
 
 

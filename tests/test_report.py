@@ -284,7 +284,8 @@ def test_seeds_are_one_run_with_a_band():
 
 def test_tables_of_other_tools(capsys):
     Path("tb.csv").write_text("Wall time,Step,Value\n1,0,5\n2,1,6\n3,2,8\n")
-    assert [p["lines"][0]["y"] for p in make("tb.csv", "--json", "d.json")["panels"]][0] in ([5, 6, 8], [1, 2, 3])
+    panels = {p["metric"]: p["lines"][0] for p in make("tb.csv", "--json", "d.json")["panels"]}
+    assert panels["Value"]["x"] == [1, 2, 3] and panels["Value"]["y"] == [5, 6, 8]
     Path("c.csv").write_text("name,value\na,1\nb,2\n")
     assert "c.csv has no column step" in refused(capsys, "c.csv")
     Path("d.csv").write_text("not a table")
@@ -304,7 +305,8 @@ def test_a_file_torn_by_a_kill_gives_its_whole_rows(capsys):
     assert "a.csv ends within a line" in Path("a.html").read_text()
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", "7", "not JSON", '{"step": 0, "prompts": []}', '{"step": 0, "prompts": [{"prompt": "a"}]}',
+@pytest.mark.parametrize("line", ["{}", "[]", "7", "not JSON", '{"step": 0, "prompts": []}',
+                                  '{"step": 0, "prompts": [{"prompt": "a"}]}',
                                   '{"step": 0, "prompts": [{"prompt": "a", "answers": [{"text": "x"}]}]}'])
 def test_samples_of_another_tool_are_one_line(line, capsys):
     write_run("a")
@@ -325,12 +327,14 @@ def test_numbers_that_are_not_finite_have_no_term():
     answers = made_up()
     answers[0]["logp_ref"][1] = None
     write_run("a", answers, record_of(OBJECTIVES["grpo"]))
-    terms = make("a.csv", "--json", "d.json")["samples"][0]["evaluations"][0]["prompts"][0]["answers"][0]["term"]
-    assert [x is None for x in terms] == [False, True, *[False] * 4]
+    shown = make("a.csv", "--json", "d.json")["samples"][0]["evaluations"][0]["prompts"][0]["answers"][0]
+    assert [x is None for x in shown["term"]] == [False, True, *[False] * 4]
 
 
 @pytest.mark.parametrize("record", [None, {}, {"objective": {"no_such": 1}}, {"objective": 3}, {"args": 5},
-                                    {"args": {"value_lr": 1, "eps": "x"}}])
+                                    {"args": {"value_lr": 1, "eps": "x", "max_new": 9}},
+                                    {"args": {"max_new": 9}, "objective": {"eps_low": "x"}}, [],
+                                    {"args": {"max_new": "x"}, "objective": {}}])
 def test_a_record_that_is_missing_or_strange_leaves_the_formula_out(record):
     write_run("a", made_up(), record)
     data = make("a.csv", "--json", "d.json")
@@ -389,7 +393,8 @@ def opened(browser, request):
         tab = context.new_page()
         tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         tab.on("pageerror", lambda error: wrong.append(str(error)))
-        tab.on("request", lambda asked: wrong.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None)
+        tab.on("request", lambda asked: None if asked.url.startswith(("file:", "data:")) else
+               wrong.append(asked.url))
         tab.set_default_timeout(8000)
         tab.goto(Path(path).resolve().as_uri())
         return tab
