@@ -285,7 +285,7 @@ def test_seeds_are_one_run_with_a_band():
 def test_tables_of_other_tools(capsys):
     Path("tb.csv").write_text("Wall time,Step,Value\n1,0,5\n2,1,6\n3,2,8\n")
     panels = {p["metric"]: p["lines"][0] for p in make("tb.csv", "--json", "d.json")["panels"]}
-    assert panels["Value"]["x"] == [1, 2, 3] and panels["Value"]["y"] == [5, 6, 8]
+    assert panels["Value"]["x"] == [0, 1, 2] and panels["Value"]["y"] == [5, 6, 8]
     Path("c.csv").write_text("name,value\na,1\nb,2\n")
     assert "c.csv has no column step" in refused(capsys, "c.csv")
     Path("d.csv").write_text("not a table")
