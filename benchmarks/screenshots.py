@@ -17,7 +17,7 @@ from utils.cli import die, need, parse  # noqa: E402  (after the path)
 VIEWS = {  # name: the window, and what is seen of the page
     "desk": ({"viewport": {"width": 1180, "height": 1120}}, "#answers"),
     "phone": ({"viewport": {"width": 390, "height": 1240}}, "#columns"),
-    "dark": ({"viewport": {"width": 1180, "height": 820}, "color_scheme": "dark"}, "body"),
+    "dark": ({"viewport": {"width": 1180, "height": 890}, "color_scheme": "dark"}, "body"),
     "print": ({"viewport": {"width": 760, "height": 1075}}, "body")}
 
 
@@ -36,12 +36,13 @@ def picture(browser, args, name, window, place):
     if name != "print":
         tab.locator("#colours label", has_text=args.colour).click()
     if name in ("desk", "phone"):
-        tab.locator("#card-0-0 .token").nth(4).click()
+        tab.locator("#card-0-0 .token").nth(2).click()
     top = "node => window.scrollTo(0, node.getBoundingClientRect().top + scrollY - 8)"
     tab.locator(place).first.evaluate(top)
     path = f"{args.output}_{name}.png"
     tab.screenshot(path=path)
-    Image.open(path).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)  # a third of the size
+    small = Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # a third of the size
+    small.save(path, optimize=True)
     context.close()
 
 
