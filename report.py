@@ -7,6 +7,7 @@ Run: python report.py logs/grpo.csv logs/ppo.csv --output logs/report.html
 """
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from grpo import Objective, grpo_loss
 from ppo import ppo_policy_loss
 from utils.cli import atomic_write, beside, die, parse
 from utils.figure import read_runs
-from utils.page import PER_TOKEN, panels, read_record, read_samples, with_steps
+from utils.page import panels, read_record, read_samples, with_steps
+
 
 @dataclass
 class Args:
@@ -37,12 +39,14 @@ def loss_terms(answers, loss):
     loss: an Objective, or PPO's ε. An Objective's ratio may be one of the whole answer. So grpo_loss sees the
     whole answer, with the advantage and the KL of all other tokens set to 0.
     """
-    columns = {name: [torch.tensor([float("nan") if x is None else x for x in answer[name]],
-                                   dtype=torch.float64) for answer in answers] for name in PER_TOKEN[:3]}
-    columns["adv"] = [torch.tensor(a["advantage"], dtype=torch.float64).expand(len(a["tokens"]))
-                      for a in answers]
-    columns["mask"] = [torch.ones(len(answer["tokens"]), dtype=torch.bool) for answer in answers]
-    logp, logp_old, logp_ref, adv, mask = (pad_sequence(c, batch_first=True) for c in columns.values())
+    def column(name):
+        rows = [a[name] if isinstance(a[name], list) else [a[name]] * len(a["tokens"]) for a in answers]
+        rows = [[math.nan if x is None else x for x in row] for row in rows]
+        return pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
+
+    logp, logp_old, logp_ref, adv = map(column, ("logp", "logp_old", "logp_ref", "advantage"))
+    length = torch.tensor([len(answer["tokens"]) for answer in answers])
+    mask = torch.arange(logp.shape[1]) < length[:, None]  # (G, T)
 
     def term(logp, logp_old, logp_ref, adv, mask, token):  # (T,) each; token is True at one place
         if not isinstance(loss, Objective):
@@ -50,9 +54,11 @@ def loss_terms(answers, loss):
         adv, logp_ref = torch.where(token, adv, 0.0), torch.where(token, logp_ref, logp)
         by_group = [x[None, None] for x in (logp, logp_old, logp_ref, adv, mask)]
         return grpo_loss(*by_group, replace(loss, reduce="sum"), n_answers=1)[0]
+    if not mask.any():
+        return [[] for _ in answers]
     each = torch.vmap(torch.vmap(term, (None, None, None, None, None, 0)), (0, 0, 0, 0, 0, None))
     values = each(logp, logp_old, logp_ref, adv, mask, torch.eye(mask.shape[1], dtype=torch.bool))
-    return [[float(f"{x:.10g}") if x == x else None for x in row[m].tolist()] for row, m in zip(values, mask)]
+    return [[float(f"{x:.10g}") if math.isfinite(x) else None for x in row[m].tolist()] for row, m in zip(values, mask)]
 
 
 def divisors(answers, loss, max_len):

@@ -315,7 +315,7 @@ def test_samples_of_another_tool_are_one_line(line, capsys):
 
 
 @pytest.mark.parametrize("change", [{"logp": [0.0]}, {"tokens": 3}, {"advantage": "x"}, {"entropy": None},
-                                    {"reward": None}, {"text": 4}, {"logp_ref": ["a"] * 6}])
+                                    {"reward": None}, {"reward": 1e999}, {"text": 4}, {"logp_ref": ["a"] * 6}])
 def test_damaged_samples_are_one_line(change, capsys):
     answers = made_up()
     answers[0] |= change
@@ -323,12 +323,18 @@ def test_damaged_samples_are_one_line(change, capsys):
     assert "a.samples.jsonl, line 1" in refused(capsys, "a.csv")
 
 
-def test_numbers_that_are_not_finite_have_no_term():
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_numbers_that_are_not_finite_have_no_term(value):
     answers = made_up()
-    answers[0]["logp_ref"][1] = None
-    write_run("a", answers, record_of(OBJECTIVES["grpo"]))
+    answers[0]["logp_ref"][1] = value
+    write_run("a", answers, record_of(OBJECTIVES["grpo"], lr=math.inf))
     shown = make("a.csv", "--json", "d.json")["samples"][0]["evaluations"][0]["prompts"][0]["answers"][0]
+    assert not re.search(r"[:,\[](NaN|-?Infinity)\b", Path("a.html").read_text())  # no browser reads that
     assert [x is None for x in shown["term"]] == [False, True, *[False] * 4]
+    answers[0] |= {"logp_ref": [0.0] * 6, "advantage": None}
+    write_run("a", answers, record_of(OBJECTIVES["grpo"]))
+    shown = make("a.csv", "--json", "d.json")["samples"][0]["evaluations"][0]["prompts"][0]["answers"]
+    assert [set(map(type, a["term"])) for a in shown] == [{type(None)}, {float}, {float}]
 
 
 @pytest.mark.parametrize("record", [None, {}, {"objective": {"no_such": 1}}, {"objective": 3}, {"args": 5},

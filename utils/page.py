@@ -14,7 +14,7 @@ FIRST = [*GRID, "eval_r", "eval_gold", "eval_acc"]  # the panels that are open
 COUNTS = {*STEPS, "samples", "tokens", "seconds", "peak_mem_mb", "tokens_per_s"}
 EVALUATIONS = 40  # at most on a page
 POINTS = 400  # of a curve at most
-PER_TOKEN = ("logp", "logp_old", "logp_ref", "entropy")  # the lists of an answer
+PER_TOKEN = ("logp", "logp_old", "logp_ref", "entropy")  # lists of an answer
 
 
 # ---- curves ----
@@ -57,7 +57,7 @@ def with_steps(runs):
 # ---- what lies beside a CSV ----
 def read_record(path, notes):
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)  # inf
         if isinstance(record, dict) and isinstance(record.get("args", {}), dict):
             return record
     except (OSError, ValueError):
@@ -77,7 +77,7 @@ def read_samples(path, notes):
     evaluations = []
     for number, line in enumerate(lines, 1):
         try:
-            evaluations.append(checked(json.loads(line)))
+            evaluations.append(checked(json.loads(line, parse_constant=lambda name: None)))
         except (ValueError, KeyError, TypeError) as error:
             die(f"{path}, line {number}: not the samples of a run ({type(error).__name__}: {error}): move it "
                 "away, and the report has the curves alone")
@@ -96,10 +96,12 @@ def checked(line):
         n = len(answer["tokens"])
         adv = answer["advantage"] if isinstance(answer["advantage"], list) else [answer["advantage"]] * n
         lists = [answer["decoded"], adv, *(answer[name] for name in PER_TOKEN)]
-        float(answer["reward"])
         if {len(values) for values in lists} != {n} or not isinstance(answer["text"], str):
             raise ValueError(f"step {step:g}: an answer's lists differ in length")
-        torch.tensor([x for values in lists[1:] for x in values if x is not None], dtype=torch.float64)
-    if not answers or not all(isinstance(prompt["prompt"], str) for prompt in line["prompts"]):
+        numbers = [x for values in lists[1:] for x in values if x is not None]
+        if not torch.tensor([step, answer["reward"], *numbers], dtype=torch.float64).isfinite().all():
+            raise ValueError(f"step {step:g}: a number is too large")
+    whole = all(prompt["answers"] and isinstance(prompt["prompt"], str) for prompt in line["prompts"])
+    if not answers or not whole:
         raise ValueError(f"step {step:g}: no prompt with answers")
     return line
