@@ -481,7 +481,7 @@ def test_the_page_of_a_real_run_in_a_browser(opened):
         tab.locator("#colours label", has_text=colour).click()
         title = tab.locator("#card-0-0 .token").nth(2).get_attribute("title")
         assert number(title.split()[-1]) == pytest.approx(value, rel=6e-3)
-    tab.locator("#right").select_option(label="grpo, before training")
+    tab.locator("#right").select_option(label="grpo, before")
     assert "before the update of step 0" in tab.locator("#columns article").nth(1).inner_text()
     tab.set_viewport_size({"width": 390, "height": 844})
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
