@@ -497,6 +497,15 @@ def test_every_objective_is_worked_out_as_grpo_loss_does(opened):
     files = [*(f"run{i}x.csv" for i in range(len(VARIANTS))), "ppo.csv"]
     data = make(*files, "--output", "page.html", "--json", "d.json")
     tab = opened("page.html")
+    gaps = tab.evaluate("""data.samples.map(s => s.evaluations[0].prompts[0].answers.flatMap(a =>
+        a.term.map((term, t) => Math.abs(term - sumOf(s, a, t)[1]))))""")
+    assert [len(tokens) for tokens in gaps] == [6 + 5 + 4] * len(files)
+    assert max(map(max, gaps)) < 1e-8
+    ratios = [[(math.exp(x - y), a["advantage"]) for x, y in zip(a["logp"], a["logp_old"])]
+              for sample in data["samples"][:-1] for a in sample["evaluations"][0]["prompts"][0]["answers"]]
+    i = 3 * list(VARIANTS).index("dapo")  # its upper and its lower clip hold somewhere
+    dapo = sum(ratios[i:i + 3], [])
+    assert any(r > 1.28 and A > 0 for r, A in dapo) and any(r < 0.8 and A < 0 for r, A in dapo)
     for i, sample in enumerate(data["samples"]):
         tab.locator("#left").select_option(value=str(2 * i))
         for g, t in ((0, 1), (2, 3)):
