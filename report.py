@@ -58,7 +58,8 @@ def loss_terms(answers, loss):
         return [[] for _ in answers]
     each = torch.vmap(torch.vmap(term, (None, None, None, None, None, 0)), (0, 0, 0, 0, 0, None))
     values = each(logp, logp_old, logp_ref, adv, mask, torch.eye(mask.shape[1], dtype=torch.bool))
-    return [[float(f"{x:.10g}") if math.isfinite(x) else None for x in row[m].tolist()] for row, m in zip(values, mask)]
+    rows = [row[:n].tolist() for row, n in zip(values, length)]
+    return [[float(f"{x:.10g}") if math.isfinite(x) else None for x in row] for row in rows]
 
 
 def divisors(answers, loss, max_len):

@@ -315,7 +315,8 @@ def test_samples_of_another_tool_are_one_line(line, capsys):
 
 
 @pytest.mark.parametrize("change", [{"logp": [0.0]}, {"tokens": 3}, {"advantage": "x"}, {"entropy": None},
-                                    {"reward": None}, {"reward": 1e999}, {"text": 4}, {"logp_ref": ["a"] * 6}])
+                                    {"reward": None}, {"reward": 1e999}, {"text": 4},
+                                    {"logp_ref": ["a"] * 6}])
 def test_damaged_samples_are_one_line(change, capsys):
     answers = made_up()
     answers[0] |= change
