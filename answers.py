@@ -38,6 +38,13 @@ class Answers:
         pad = None if prompts.pad is None else prompts.pad.view(mask.shape[:2])
         return cls(tokens, None, mask, pad, prompts, texts, env.share, env.args.prompts_per_step)
 
+    def parts(self, args):
+        """All rows, in parts of --micro_batch."""
+        return torch.arange(len(self.tokens)).split(args.micro_batch or len(self.tokens))
+
+    def padding(self, rows):
+        return None if self.pad is None else self.pad[rows].flatten()
+
     def ungrouped(self):
         """The same with every answer a group of its own: B·G groups of one answer."""
         G = self.mask.shape[1]

@@ -72,6 +72,10 @@ def main(args):
           f"{len(right)} held-out questions; {time.perf_counter() - began:.0f} s")
     panels = ["eval_acc", "mean_r", "length", "entropy"]
     print(f"figure: {plot_panels(['logs/llm.csv'], panels, 'logs/llm.png')}")
+    command = ["python", os.path.relpath(Path(__file__).with_name("report.py")), "logs/llm.csv"]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    if code := utils.run_stage(command):
+        raise SystemExit(code)
     print("next: python train_grpo.py --policy smollm2 --task countdown --max_new 32 --log logs/next.csv "
           "--out out/next")
 

@@ -79,6 +79,14 @@ def run(script, output, inputs, last_step, args, *flags):
         raise SystemExit(code)
 
 
+def write_report(words):
+    """The page of report.py, a command as the stages are."""
+    command = ["python", os.path.relpath(Path(__file__).with_name("report.py")), *words]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    if code := utils.run_stage(command):
+        raise SystemExit(code)
+
+
 def read_record(path):
     """The record beside a stage's CSV; {} where there is none, or a damaged one."""
     try:
@@ -109,7 +117,7 @@ def main(args):
     run("reward_model.py", reward, [policy], 256, args, "--data", data)  # 2 epochs of 4,096 pairs, 32 a step
     for name in ("grpo", "ppo"):
         run(f"train_{name}.py", f"out/{name}/policy.pth", [policy, reward], args.steps - 1, args,
-            "--data", data, "--steps", args.steps)
+            "--data", data, "--steps", args.steps, "--eval_every", 5)
 
     # ---- the table: three policies, the same held-out prompts, the same draws ----
     device = pick_device(args.device)
@@ -151,6 +159,7 @@ def main(args):
     for metric, name in (("mean_r", "reward"), ("kl", "kl"), ("entropy", "entropy"), ("loss", "loss")):
         print(f"figure: {plot_panels(files, [metric], f'logs/{name}_comparison.png')}")
     print(f"figure: {plot_panels(files, GRID, 'logs/overview.png', optional=True)}")
+    write_report([*files, "--output", "logs/report.html"])
     print(f"done in {time.perf_counter() - began:.0f} s")
 
 

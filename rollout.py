@@ -13,6 +13,7 @@ from graph import DecodeGraph
 from grpo import masked_mean
 from policy import sampling
 from reward import gold_score, load_questions, load_scorer, quality
+from samples import Samples
 from techniques import cut_off
 from utils import ranks
 from utils.device import compiled
@@ -39,7 +40,7 @@ class Environment:
                                      self.task)
         share_prompt = getattr(args, "share_prompt", "no")  # PPO's answers stand alone
         self.share_prompt = share_prompt == "yes" or share_prompt == "auto" and 2 * self.P >= self.T
-        self.entropy_grad = args.entropy_coef > 0
+        self.samples = Samples(args)
         self.compiled = {}
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
         self.cut = 0.0  # share of the last step's answers that --max_new cut
@@ -82,29 +83,23 @@ class Environment:
     def score(self, model, answers, rows=None):
         """Log-probability and entropy, (n, G, T) each, of answers `rows`. None: all, in micro-batches."""
         if rows is None:
-            scored = [self.score(model, answers, part) for part in self.parts(answers)]
+            scored = [self.score(model, answers, part) for part in answers.parts(self.args)]
             return [torch.cat(x) for x in zip(*scored)]
         tokens = answers.tokens[rows]
         by = self.fast(score, model) if self.args.compile else functools.partial(score, model)
         with self.run.autocast():
-            both = by(tokens.flatten(0, 1), self.P, self.args.temperature, self.pad(answers, rows),
-                      tokens.shape[1] if self.share_prompt else 1, self.entropy_grad)
+            both = by(tokens.flatten(0, 1), self.P, self.args.temperature, answers.padding(rows),
+                      tokens.shape[1] if self.share_prompt else 1, self.args.entropy_coef > 0)
         return [x.unflatten(0, tokens.shape[:2]) for x in both]
 
     def value(self, critic, answers, rows=None):
         """The critic's value where each token of the answers in `rows` is predicted: (n, G, T)."""
         if rows is None:
-            return torch.cat([self.value(critic, answers, part) for part in self.parts(answers)])
+            return torch.cat([self.value(critic, answers, part) for part in answers.parts(self.args)])
         tokens = answers.tokens[rows]
         with self.run.autocast():
-            value = critic(tokens[..., :-1].flatten(0, 1), self.pad(answers, rows))
+            value = critic(tokens[..., :-1].flatten(0, 1), answers.padding(rows))
         return value[:, self.P - 1:].unflatten(0, tokens.shape[:2])
-
-    def parts(self, answers):
-        return torch.arange(len(answers.tokens)).split(self.args.micro_batch or len(answers.tokens))
-
-    def pad(self, answers, rows):
-        return None if answers.pad is None else answers.pad[rows].flatten()
 
     def fast(self, function, model):
         """`function` of `model`, compiled once."""
@@ -140,5 +135,6 @@ class Environment:
         shown = ", ".join(f"{name} {value:.2f}" for name, value in self.evaluate(policy).items())
         print(f"{self.args.steps} steps, {self.run.counts['seconds']:.0f} s; held out: {shown}; "
               f"wrote {self.args.log} and {self.args.out}/policy.pth")
+        self.samples.last(self.args.steps)
         if self.run.start < self.args.steps and self.cut > 0.9:
             print(f"warning: --max_new {self.T} cut {self.cut:.0%} of the last step's answers")

@@ -46,18 +46,19 @@ def pick_objective(args, updates=1):
     return replace(objective, beta=0.0), objective.beta
 
 
-def begin(step, env, policy, ref, optimizer):
-    """Before a step: evaluates if it is due, sets the learning rate, may move π₀, starts the clock.
+def begin(step, env, trained, ref, optimizer):
+    """Before a step: evaluates and samples if due, sets the learning rate, may move π₀, starts the clock.
 
     -> what held-out answers earn, every --eval_every steps, else {}.
     """
-    args, due = env.args, step % env.args.eval_every == 0
+    args, policy, due = env.args, trained["model"], step % env.args.eval_every == 0
     held_out = {} if not due else env.first if step == env.run.start else env.evaluate(policy)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group["lr"] = group["initial_lr"] * (1 - (1 - args.lr_end) * step / args.steps)
     if args.sync_ref_every and step and step % args.sync_ref_every == 0:
         ref.load_state_dict(policy.state_dict())
+    env.samples.draw(step, env, trained, ref, due)
     env.run.start_clock()
     return held_out
 
@@ -87,12 +88,17 @@ def cut_off(answers, stops, max_new):
 
 
 def shaped(reward, answers, args):
-    """The reward less the penalty of long answers, (B, G) -> (B, G).
+    """The reward (B, G) of all processes' answers, less the penalty of long ones."""
+    length = ranks.gather(answers.mask.sum(2)).cpu() if args.overlong == "penalty" else None
+    return less_penalty(reward, length, args)
+
+
+def less_penalty(reward, length, args):
+    """The reward less the penalty of long answers, (B, G) -> (B, G); their lengths (B, G), in tokens.
 
     --overlong penalty, DAPO eq. 13: 0 up to max_new - overlong_tokens tokens, then in equal steps up to 1.
     """
     if args.overlong == "penalty":
-        length = ranks.gather(answers.mask.sum(2)).cpu()
         reward = reward - (1 + (length - args.max_new) / args.overlong_tokens).clamp(min=0)
     if getattr(args, "objective", "") == "maxrl" and (reward < 0).any():
         die(f"--objective maxrl divides by a group's mean reward, got {reward.min():.4g}: wanted rewards "

@@ -52,6 +52,7 @@ class Args(techniques.Techniques):
     eval_every: Annotated[int, AtLeast(1)] = 20  # steps
     eval_prompts: Annotated[int, AtLeast(1)] = 64  # held-out prompts
     eval_pass8: bool = True  # of a task: ask 8 answers to each of them, too
+    samples: Annotated[int, AtLeast(0)] = 4  # held-out prompts whose answers report.py shows; 0: none
     log: str = "logs/grpo.csv"  # the run's numbers
     out: str = "out/grpo"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
@@ -88,7 +89,7 @@ def main(args):
     env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():
-        held_out = techniques.begin(step, env, policy, ref, optimizer)
+        held_out = techniques.begin(step, env, trained, ref, optimizer)
 
         # ---- rollout: G answers to each of B prompts ----
         generator = step_generator(args.seed, step)
@@ -127,8 +128,9 @@ def main(args):
 
         # ---- log ----
         run.write(**env.measure(answers, reward, adv_all), **held_out)
-    run.finish()
+        env.samples.write()  # the evaluation's answers, scored again
     env.conclude(policy)
+    run.finish()
     ranks.stop()
 
 

@@ -55,6 +55,7 @@ class Args(techniques.Techniques):
     eval_every: Annotated[int, AtLeast(1)] = 20  # steps
     eval_prompts: Annotated[int, AtLeast(1)] = 64  # held-out prompts
     eval_pass8: bool = True  # of a task: ask 8 answers to each of them, too
+    samples: Annotated[int, AtLeast(0)] = 4  # held-out prompts whose answers report.py shows; 0: none
     log: str = "logs/ppo.csv"  # the run's numbers
     out: str = "out/ppo"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
@@ -91,7 +92,7 @@ def main(args):
     env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():
-        held_out = techniques.begin(step, env, policy, ref, optimizer)
+        held_out = techniques.begin(step, env, trained, ref, optimizer)
 
         # ---- rollout: G answers to each of B prompts ----
         generator = step_generator(args.seed, step)
@@ -136,8 +137,9 @@ def main(args):
         to_come = gae(paid, value_old, answers.mask, args.gamma, 1.0)[1]  # without the critic's own values
         explained = explained_variance(*map(ranks.gather, (value_old, to_come, answers.mask)))
         run.write(**env.measure(answers, reward, adv_all), explained_variance=explained, **held_out)
-    run.finish()
+        env.samples.write()  # the evaluation's answers, scored again
     env.conclude(policy)
+    run.finish()
     ranks.stop()
 
 

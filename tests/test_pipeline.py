@@ -332,10 +332,11 @@ def test_prompts_of_a_user(name, folder):
         assert columns.keys() == {"spec", "completion_ids"} and len(columns["completion_ids"]) == len(prompts)
         for prompt, w, note in zip(prompts, worth, columns["spec"]):
             assert known[prompt] == {"prompt": prompt, "worth": w, "spec": note}
-    # evaluation on the one held out, two steps of 4 × 4, evaluation at the end
-    assert sizes == [1, 16, 16, 1]
+    # evaluation on the one held out, its four samples, two steps of 4 × 4, evaluation and samples at the end
+    assert sizes == [1, 4, 16, 16, 1, 4]
     held_out = asked[0][0][0]
-    for prompts, _, _ in asked[1:3]:
+    assert asked[1][0] == [held_out] * 4
+    for prompts, _, _ in asked[2:4]:
         assert held_out not in prompts
         groups = [prompts[i:i + 4] for i in range(0, 16, 4)]
         assert all(len(set(group)) == 1 for group in groups) and len({group[0] for group in groups}) == 4

@@ -227,10 +227,11 @@ def test_a_moving_reference_resumes(tiny):
 def test_the_rate_falls():
     group = {"lr": 2.0, "params": []}
     env = SimpleNamespace(args=args(eval_every=10**9, lr_end=0.5, steps=10, sync_ref_every=0), first={},
-                          evaluate=lambda policy: {}, run=SimpleNamespace(start=1, start_clock=lambda: None))
+                          evaluate=lambda policy: {}, run=SimpleNamespace(start=1, start_clock=lambda: None),
+                          samples=SimpleNamespace(draw=lambda *_: None))
     rates = []
     for step in (0, 5, 10):
-        techniques.begin(step, env, None, None, SimpleNamespace(param_groups=[group]))
+        techniques.begin(step, env, {"model": None}, None, SimpleNamespace(param_groups=[group]))
         rates.append(group["lr"])
     assert rates == pytest.approx([2.0, 1.5, 1.0])
 

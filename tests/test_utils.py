@@ -143,5 +143,5 @@ def test_files_open_with_what_they_are_and_how_to_run_them():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("lessons/*.py")]:
         doc = re.match(r'"""(.+?)"""', path.read_text(encoding="utf-8"), re.DOTALL)
         assert doc, path.name
-        assert re.search(r"^Run: (by a lesson, as in )?python (lessons/)?\w+\.py", doc[1],
+        assert re.search(r"^Run: (by a lesson, as in )?(python|marimo edit) (lessons/)?\w+\.py", doc[1],
                          re.MULTILINE), f"{path.name} doesn't say how to run it"

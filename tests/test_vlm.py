@@ -433,6 +433,15 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(start, engine, monkey
     assert "--lr" in capsys.readouterr().err
     run(*words, "--resume", log="parts.csv")
     assert numbers("parts.csv") == numbers("whole.csv")
+    assert Path("whole.samples.jsonl").is_file() is (engine == "nano")  # TRL's engine has none
+    if engine == "nano":
+        text = Path("whole.samples.jsonl").read_text()
+        assert text == Path("parts.samples.jsonl").read_text()
+        first, *_, last = map(json.loads, text.splitlines())
+        answer, after = first["prompts"][0]["answers"][0], last["prompts"][0]["answers"][0]
+        assert answer["logp_old"] == pytest.approx(answer["logp_ref"], abs=1e-5) != answer["logp"]
+        assert after["logp"] == after["logp_old"] != after["logp_ref"] and not last["updated"]
+        assert answer["reward"] == pytest.approx(answer["text"].count("0") / max(1, len(answer["text"])))
     one, two = (load_model(f"{out}/final").state_dict() for out in ("out/whole", "out/vlm"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     begun = load_model(start).state_dict()

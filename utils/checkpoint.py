@@ -81,7 +81,7 @@ def same_tokenizer(path, content, tokenizer, policy_path):
 
 # arguments that a resume may give otherwise than the run began with
 MAY_CHANGE = {"resume", "overwrite", "steps", "grpo_steps", "save_every", "eval_every", "eval_interval",
-              "num_workers", "track", "log", "log_dir", "out", "output_dir", "ckpt_dir", "device"}
+              "samples", "num_workers", "track", "log", "log_dir", "out", "output_dir", "ckpt_dir", "device"}
 
 
 def script(args):
@@ -152,7 +152,8 @@ def earlier(args, writes):
 
     Refused where a run of these very arguments is there, or one of another script.
     """
-    files = [file for file in (args.log, beside(args.log, ".json"), *writes) if os.path.exists(file)]
+    beside_log = [beside(args.log, ending) for ending in (".json", ".samples.jsonl")]
+    files = [file for file in (args.log, *beside_log, *writes) if os.path.exists(file)]
     if rank() or args.resume or args.overwrite or not files:
         return []
     before = about_run(f"{args.out}/state.pth") or about_run(beside(args.log, ".json")) or {"args": {}}

@@ -21,6 +21,7 @@ LABELS = {  # what a column is and its unit; a column that isn't here is labelle
     "seconds": "time (s)", "samples": "answers sampled", "mean_r": "mean reward (score)",
     "kl": "KL to π₀ (nats / token)", "entropy": "entropy (nats / token)", "token_adv": "mean |advantage|",
     "gold": "gold judge (score)", "eval_r": "held-out mean reward (score)",
+    "eval_gold": "gold judge, held out (score)",
     "eval_acc": "accuracy, held out (share)", "eval_pass8": "pass@8, held out (share)",
     "length": "answer length (tokens)", "distinct": "distinct words (share)",
     "ref_logp": "log π₀ of answers (nats / token)", "clip_frac": "clipped tokens (share)",

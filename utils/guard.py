@@ -52,7 +52,7 @@ def lock(out, log):
         file.flush()
         LOCKS[place] = file
     torn = [] if rank() else list(Path(out).glob(".*[0-9].tmp"))
-    for name in (Path(log).name, beside(log, ".json").name):
+    for name in (Path(log).name, beside(log, ".json").name, beside(log, ".samples.jsonl").name):
         torn += [] if rank() else Path(log).parent.glob(f".{name}.*[0-9].tmp")
     for path in torn:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,5 +1,6 @@
 """A run's numbers: a CSV line a step, the same numbers to TensorBoard or W&B if asked, and a progress bar."""
 import csv
+import json
 import math
 import os
 import sys
@@ -31,6 +32,8 @@ class Log:
         atomic_write(self.path, "".join(f"{line}\n" for line in [",".join(self.columns), *lines]).encode())
         with writing(self.path):
             self.file = open(self.path, "a")
+        if start < total:
+            cut(beside(self.path, ".samples.jsonl"), start)
         if sys.stdout.isatty() and not os.environ.get("CI"):
             from rich.progress import Progress
             self.bar = Progress(*Progress.get_default_columns(), "{task.completed} {task.fields[info]}")
@@ -69,6 +72,21 @@ class Log:
         self.file.close()
         if self.bar:
             self.bar.stop()
+
+
+def cut(path, start):
+    """Keeps the lines of steps before `start` of a run's samples, one JSON object a line; none: no file."""
+    if not path.is_file():
+        return
+    try:  # a kill may have torn the last line
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line for line in lines if json.loads(line)["step"] < start]
+    except (ValueError, KeyError, TypeError) as error:
+        die(f"--resume: {path} holds no samples of a run ({type(error).__name__}): move it away")
+    if kept:
+        atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
+    else:
+        path.unlink()
 
 
 def add(sums, stats, weight=1.0):

@@ -26,7 +26,7 @@ from utils.log import SHARED, Log
 from utils.rewards import load_reward
 from utils.trl import attach, given_fields, grpo_config
 from vision.data import step_index
-from vision.vlm import models
+from vision.vlm import models, samples
 from vision.vlm.data import Scorer, draw, load_data, picture, scenes
 from vision.vlm.models import generate, inputs_of, load_model, lora, save_folder, score
 
@@ -70,6 +70,7 @@ class Args:
     sft_lr: Annotated[float, AtLeast(0.0)] = 3e-3  # its learning rate
     eval_every: Annotated[int, AtLeast(1)] = 50  # steps between evaluations
     eval_examples: Annotated[int, AtLeast(1)] = 512  # held-out examples at most
+    samples: Annotated[int, AtLeast(0)] = 4  # nano: held-out examples whose answers report.py shows; 0: none
     preview: bool = False  # draw the first examples beside the CSV (with --model its answers too), and end
     # ---- speed and memory: nothing here changes what is learnt ----
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -174,10 +175,12 @@ def train_nano(args, objective, path, examples, order, progress, state):
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
     if state:
         checkpoint.restore(state, args.out, model=policy, optimizer=optimizer)
+    shown = samples.Samples(args, progress, ref, objective)
 
     for step in range(progress.start, args.steps):
         if step % args.save_every == 0:
             progress.save(step, model=policy, optimizer=optimizer)
+        shown.draw(step, policy)
         progress.begin(step, policy)
 
         # ---- rollout: G answers to each of B prompts ----
@@ -212,6 +215,7 @@ def train_nano(args, objective, path, examples, order, progress, state):
                        token_adv=adv.abs().mean(), length=mask.sum(1).float().mean(), grad_norm=grad_norm,
                        frac_zero_std=(reward == reward[:, :1]).all(1).float().mean(),
                        clip_frac=stats["clip_frac"])
+        shown.write(step, policy)
         if stop:
             progress.save(step + 1, model=policy, optimizer=optimizer)
             return policy
