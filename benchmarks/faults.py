@@ -176,11 +176,11 @@ def content(path):
 
 
 def same(a, b):
-    """Equal to the last bit; times and memory are left out."""
+    """Equal to the last bit, but for times, memory and the arguments of a run that was resumed."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in TIMING | {"args"})
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in TIMING | {"args", "resume"})
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b

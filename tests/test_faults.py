@@ -17,7 +17,8 @@ def folders(tmp_path):
     for name in ("whole", "again"):
         folder = tmp_path / name
         folder.mkdir()
-        torch.save({"model": {"w": torch.tensor([1.0])}, "args": {"resume": name}}, folder / "state.pth")
+        torch.save({"model": {"w": torch.tensor([1.0])}, "args": {"resume": name},
+                    "config": {"resume": name}}, folder / "state.pth")
         (folder / "log.csv").write_text(f"step,loss,seconds\n0,1.5,{len(name)}\n")
     return tmp_path / "whole", tmp_path / "again"
 
