@@ -119,7 +119,7 @@ def main(args):
     order = torch.randperm(len(prompts.texts), generator=torch.Generator().manual_seed(args.seed))
     prompts = prompts.pick(order[:args.eval_prompts])
     table = Table("", title=f"{len(prompts.texts)} held-out prompts of {source}, one answer each")
-    for column in ("reward-model score", "gold (sentiment)", "KL to π₀, nats/token", "entropy, nats",
+    for column in ("reward-model score", "gold (taste)", "KL to π₀, nats/token", "entropy, nats",
                    "length, tokens", "seconds", "peak MB"):
         table.add_column(column, justify="right")
     answers = {}
@@ -128,7 +128,7 @@ def main(args):
         tokens, _, mask, texts = sample_texts(model, tokenizer, prompts, 48, seed=args.seed)
         logp, entropy = score_answers(model, tokens, 32)
         d = score_answers(ref, tokens, 32)[0] - logp
-        gold = sum(JUDGES["sentiment"](texts, prompts.texts)) / len(texts)
+        gold = sum(JUDGES["taste"](texts, prompts.texts, corpus_words=prompts.corpus_words)) / len(texts)
         cost = pd.read_csv(f"logs/{name}.csv")
         table.add_row(label, f"{score(tokens, mask, prompts, texts).mean():+.2f}", f"{gold:+.2f}",
                       f"{(torch.expm1(d) - d)[mask].mean():.3f}", f"{entropy[mask].mean():.2f}",

@@ -90,14 +90,16 @@ class Run:
     def update(self, optimizer, *modules, grad_clip, weight=1.0):
         """Adds up the processes' gradients, clips each module's, steps. A non-finite norm ends the run.
 
-        weight: the update's share of the step. grad_norm is the first module's, before clipping.
+        optimizer: one, or a list. weight: the update's share of the step. grad_norm is the first module's,
+        before clipping.
         """
         for module in modules:
             ranks.add_gradients(module)
         norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip) for module in modules]
         checkpoint.finite(self.step, self.args.out, grad_norm=norms[0], loss=self.sums.get("loss", 0.0))
-        optimizer.step()
-        optimizer.zero_grad()
+        for each in optimizer if isinstance(optimizer, list) else [optimizer]:
+            each.step()
+            each.zero_grad()
         self.add({"grad_norm": norms[0]}, weight / ranks.world())
 
     def write(self, samples=0, tokens=0, due=True, **numbers):
