@@ -17,13 +17,13 @@ if want micro; then  # what five seeds of the first file print
   done
 fi
 if want base; then  # π₀ and the reward model that all RL runs share
-  $python sft.py --overwrite --data shakespeare --out out/sft --log results/sft.csv
-  $python reward_model.py --overwrite --data shakespeare --log results/reward-s0.csv
+  $python sft.py --overwrite --data shakespeare --muon_lr 0 --out out/sft --log results/sft.csv
+  $python reward_model.py --overwrite --data shakespeare --judge sentiment --log results/reward-s0.csv
 fi
 if want demo; then  # the README's figure: as long as `make demo` trains
   for seed in 0 1 2; do
     for name in grpo ppo; do
-      $python train_$name.py --overwrite --data shakespeare --steps 25 --seed $seed \
+      $python train_$name.py --overwrite --data shakespeare --gold sentiment --steps 25 --seed $seed \
         --log results/demo/$name-s$seed.csv --out out/r-demo-$name-s$seed
     done
   done
@@ -33,7 +33,7 @@ if want tasks; then  # a weak π₀ a seed, then GRPO and PPO from it with equal
   for task in add sort; do
     [ $task = add ] && sft_steps=600 task_steps="${STEPS:-501}" || sft_steps=150 task_steps="${STEPS:-301}"
     for seed in ${SEEDS:-0 1 2 3 4}; do
-      $python sft.py --data task:$task --tokenizer char --block_size 24 --steps $sft_steps --seed "$seed" \
+      $python sft.py --data task:$task --tokenizer char --block_size 24 --muon_lr 0 --steps $sft_steps --seed "$seed" \
         --log results/tasks/sft-$task-s"$seed".csv --out out/r-sft-$task-s"$seed"
       for name in grpo ppo; do
         [ $name-$task = ppo-sort ] && lr=5e-5 || lr=1e-4
@@ -49,7 +49,7 @@ fi
 if want shakespeare; then
   for name in grpo ppo; do
     for seed in 0 1 2; do
-      $python train_$name.py --overwrite --data shakespeare --steps "$steps" --seed $seed \
+      $python train_$name.py --overwrite --data shakespeare --gold sentiment --steps "$steps" --seed $seed \
         --log results/shakespeare/$name-s$seed.csv --out out/r-$name-s$seed
     done &
   done
@@ -57,16 +57,17 @@ if want shakespeare; then
 fi
 if want objectives; then
   for name in reinforce rloo grpo dr_grpo dapo gspo cispo sapo; do
-    $python train_grpo.py --overwrite --data shakespeare --objective $name --beta 0.05 --steps 30 \
-      --log results/objectives/$name.csv --out out/r-$name
+    $python train_grpo.py --overwrite --data shakespeare --gold sentiment --objective $name --beta 0.05 \
+      --steps 30 --log results/objectives/$name.csv --out out/r-$name
   done
 fi
 if want reward; then
   for seed in 1 2; do
-    $python reward_model.py --overwrite --data shakespeare --seed $seed --log results/reward-s$seed.csv --out out/r-reward-s$seed
+    $python reward_model.py --overwrite --data shakespeare --judge sentiment --seed $seed \
+      --log results/reward-s$seed.csv --out out/r-reward-s$seed
   done
   for seed in 0 1 2; do
-    $python reward_model.py --overwrite --data shakespeare --n_pairs 12288 --seed $seed \
+    $python reward_model.py --overwrite --data shakespeare --judge sentiment --n_pairs 12288 --seed $seed \
       --log results/reward12k-s$seed.csv --out out/r-reward12k-s$seed
   done
 fi

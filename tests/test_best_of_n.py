@@ -31,15 +31,17 @@ def test_the_mean_over_all_subsets(n):
 def test_chances_add_up():
     for N, n in ((6, 6), (512, 1), (512, 256)):
         chance = best_of_n.chance_of_rank(N, n)
-        assert chance.sum() == pytest.approx(1) and chance[-1] == pytest.approx(n / N)  # the best is among the n
+        assert chance.sum() == pytest.approx(1)
+        assert chance[-1] == pytest.approx(n / N)  # the best of all is among the n
         assert not chance[:n - 1].any()
 
 
 def test_csv(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["--policy", tiny() / "policy.pth", "--reward_model", tiny() / "reward.pth", tiny() / "reward.pth",
-             "--log", "a.csv", "b.csv", "--data", "play", "--n_prompts", 3, "--pool", 16, "--largest", 8,
-             "--prompt_len", 8, "--max_new", 8, "--device", "cpu"]
+    scorer = tiny() / "reward.pth"
+    words = ["--policy", tiny() / "policy.pth", "--reward_model", scorer, scorer, "--log", "a.csv", "b.csv",
+             "--data", "play", "--n_prompts", 3, "--pool", 16, "--largest", 8, "--prompt_len", 8,
+             "--max_new", 8, "--device", "cpu"]
     cli(best_of_n, *words)
     header, rows = read_csv("a.csv")
     assert header == best_of_n.COLUMNS and (header, rows) == read_csv("b.csv")
