@@ -1,7 +1,7 @@
 """SFT, supervised fine-tuning: corpus -> out/sft/policy.pth, the reference policy π₀ of all that follows.
 
 Next-token cross-entropy on random windows, with a warm-up and a cosine, as in nanoGPT (github.com/karpathy).
-Muon (kellerjordan.github.io/posts/muon) moves the blocks' matrices: the singular values of its updates are about
+Muon (kellerjordan.github.io/posts/muon) moves the blocks' matrices: its updates' singular values are about
 equal. AdamW moves the rest. The weights of the best held-out loss are kept. Losses are logged a token and a
 character, so that tokenizers compare.
 Left out: several documents, packing, gradient accumulation.
