@@ -39,7 +39,7 @@ class Args:
     batch_size: Annotated[int, AtLeast(1)] = 32  # windows of text
     lr: Annotated[float, AtLeast(0.0)] = 3e-3  # of AdamW, after the warm-up
     muon_lr: Annotated[float, AtLeast(0.0)] = 0.02  # of Muon; 0, or a torch before 2.9: AdamW for all
-    lr_end: Annotated[float, AtLeast(0.0)] = 0.1  # at the end the rates are this share
+    lr_end: Annotated[float, AtLeast(0.0)] = 0.0  # at the end the rates are this share
     warmup: Annotated[int, AtLeast(0)] = 50  # steps
     weight_decay: float = 0.1  # of AdamW's matrices
     beta2: float = 0.99  # of AdamW
@@ -69,7 +69,7 @@ PRESETS = {
     "demo": Args(),
     # nanoGPT's CPU budget for character-level Shakespeare, whose README gives a held-out loss of 1.88
     "char": Args(tokenizer="char", block_size=64, batch_size=12, steps=2000, lr=1e-3, muon_lr=0.0,
-                 warmup=100, eval_every=250),
+                 lr_end=0.1, warmup=100, eval_every=250),
 }
 
 
