@@ -35,7 +35,7 @@ COLUMNS = [*SHARED, "held_out", "loss_char", "held_out_char", "lr", "grad_norm",
 @dataclass
 class Args:
     # ---- the algorithm ----
-    steps: Annotated[int, AtLeast(1)] = 900  # optimizer steps
+    steps: Annotated[int, AtLeast(1)] = 800  # optimizer steps
     batch_size: Annotated[int, AtLeast(1)] = 32  # windows of text
     lr: Annotated[float, AtLeast(0.0)] = 3e-3  # of AdamW, after the warm-up
     muon_lr: Annotated[float, AtLeast(0.0)] = 0.02  # of Muon; 0, or a torch before 2.9: AdamW for all
