@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind the README and docs/: bash benchmarks/results.sh [micro|base|demo|tasks|shakespeare|objectives|reward|char|speed|learn|roofline|
-# scaling|cnn|exact|vit|clip|c2i|vlm]
+# scaling|cnn|exact|vit|clip|c2i|vlm|overopt]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -71,6 +71,28 @@ if want reward; then
     $python reward_model.py --overwrite --data shakespeare --judge sentiment --n_pairs 12288 --seed $seed \
       --log results/reward12k-s$seed.csv --out out/r-reward12k-s$seed
   done
+fi
+if want overopt; then  # score and gold against KL: RL and best-of-n, on the play, answers of at most 20 tokens
+  folder=results/overoptimisation
+  short="--data play --policy out/r-overopt-sft/policy.pth --prompt_len 8 --max_new 20"
+  rl="--prompts_per_step 8 --steps 80 --eval_every 1000 --save_every 1000"  # settings from trials on seed 10
+  $python sft.py --data play --steps 250 --dropout 0.1 --eval_every 50 --log $folder/sft.csv --out out/r-overopt-sft
+  for seed in ${SEEDS:-0 1 2}; do
+    for pairs in 1024 4096 12288; do
+      run=$pairs-s$seed
+      $python reward_model.py $short --n_pairs $pairs --held_out_pairs 512 --eval_every 1000 --seed "$seed" \
+        --log $folder/reward-"$run".csv --out out/r-overopt-reward-"$run"
+      for name in grpo ppo; do
+        [ $name = grpo ] && how="--lr 2e-4" || how="--lr 5e-5"
+        $python train_$name.py $short $rl $how --reward_model out/r-overopt-reward-"$run"/reward.pth --seed "$seed" \
+          --log $folder/$name-"$run".csv --out out/r-overopt-$name-"$run"
+      done
+    done
+    $python benchmarks/best_of_n.py $short --seed "$seed" \
+      --reward_model out/r-overopt-reward-{1024,4096,12288}-s"$seed"/reward.pth \
+      --log $folder/best_of_n-{1024,4096,12288}-s"$seed".csv
+  done
+  $python benchmarks/overoptimisation.py
 fi
 if want char; then
   $python sft.py --overwrite --preset char --data shakespeare --log results/char.csv --out out/r-char
