@@ -75,7 +75,7 @@ fi
 if want overopt; then  # score and gold against KL: RL and best-of-n, on the play, answers of at most 20 tokens
   folder=results/overoptimisation
   short="--data play --policy out/r-overopt-sft/policy.pth --prompt_len 8 --max_new 20"
-  rl="--prompts_per_step 8 --steps 80 --eval_every 1000 --save_every 1000"  # settings from trials on seed 10
+  rl="--prompts_per_step 8 --eval_every 1000 --save_every 1000"
   $python sft.py --data play --steps 250 --dropout 0.1 --eval_every 50 --log $folder/sft.csv --out out/r-overopt-sft
   for seed in ${SEEDS:-0 1 2}; do
     for pairs in 1024 4096 12288; do
@@ -83,7 +83,7 @@ if want overopt; then  # score and gold against KL: RL and best-of-n, on the pla
       $python reward_model.py $short --n_pairs $pairs --held_out_pairs 512 --eval_every 1000 --seed "$seed" \
         --log $folder/reward-"$run".csv --out out/r-overopt-reward-"$run"
       for name in grpo ppo; do
-        [ $name = grpo ] && how="--lr 2e-4" || how="--lr 5e-5"
+        [ $name = grpo ] && how="--lr 2e-4 --steps 70" || how="--lr 1e-4 --steps 50"  # from trials on seed 10
         $python train_$name.py $short $rl $how --reward_model out/r-overopt-reward-"$run"/reward.pth --seed "$seed" \
           --log $folder/$name-"$run".csv --out out/r-overopt-$name-"$run"
       done
