@@ -1,8 +1,8 @@
 """Best-of-n: π₀ answers n times and the reward model picks one. Its score and gold against KL, n = 1 … 256.
 
 Nothing is trained. Picking moves π₀ by at most log n - (n - 1)/n nats an answer, and by that much where no
-two answers tie (arXiv:2210.10760, arXiv:2401.01879). A pool of N answers to a prompt gives the exact mean over
-all its subsets of n. RL's `kl` is in nats a token, so the KL is divided by the mean length of the picked.
+two answers tie (arXiv:2210.10760, arXiv:2401.01879). A pool of N answers to a prompt gives the mean over all
+subsets of n. RL's `kl` is in nats a token, so the KL is divided by the mean length of the picked answers.
 Left out: the spread over pools; run it with several seeds.
 Run: python benchmarks/best_of_n.py --reward_model out/reward/reward.pth --log logs/best_of_n.csv
 """
