@@ -88,7 +88,7 @@ if want overopt; then  # score and gold against KL: RL and best-of-n, on the pla
           --log $folder/$name-"$run".csv --out out/r-overopt-$name-"$run"
       done
     done
-    $python benchmarks/best_of_n.py $short --seed "$seed" \
+    $python benchmarks/best_of_n.py $short --n_prompts 16 --seed "$seed" \
       --reward_model out/r-overopt-reward-{1024,4096,12288}-s"$seed"/reward.pth \
       --log $folder/best_of_n-{1024,4096,12288}-s"$seed".csv
   done
