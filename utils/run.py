@@ -90,8 +90,7 @@ class Run:
     def update(self, optimizer, *modules, grad_clip, weight=1.0):
         """Adds up the processes' gradients, clips each module's, steps. A non-finite norm ends the run.
 
-        optimizer: one, or a list. weight: the update's share of the step. grad_norm is the first module's,
-        before clipping.
+        optimizer: one, or a list. weight: the update's share of the step. grad_norm: modules[0]'s, unclipped.
         """
         for module in modules:
             ranks.add_gradients(module)
