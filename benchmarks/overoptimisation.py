@@ -19,7 +19,7 @@ import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wa
 import numpy as np  # noqa: E402
 
 from utils.cli import AtLeast, atomic_write, die, parse  # noqa: E402
-from utils.figure import COLORS, DASHES, STYLE, band, read_csv  # noqa: E402
+from utils.figure import COLORS, DASHES, MARKERS, STYLE, draw_run, read_csv  # noqa: E402
 
 METHODS = {"grpo": "GRPO", "ppo": "PPO", "best_of_n": "best-of-n"}
 
@@ -93,7 +93,10 @@ def table(found, args):
 
 
 def figure(found, args):
-    """Above gold, below the score; a column for each number of pairs. Bands: std over the seeds."""
+    """Above gold, below the score; a column for each number of pairs. Bands: std over the seeds.
+
+    A seed that goes further than the others does so as a thin line.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):
@@ -102,16 +105,12 @@ def figure(found, args):
         for column, pairs in enumerate(args.pairs):
             axes[0, column].set_title(f"{pairs:,} pairs", fontsize=9.5)
             for i, (method, label) in enumerate(METHODS.items()):
+                style = {"color": COLORS[i], "linestyle": DASHES[i], "marker": MARKERS[i], "label": label}
                 seeds = found.get((method, pairs), {}).values()
-                style = {"color": COLORS[i], "linestyle": DASHES[i], "linewidth": 1.6}
                 for row, which in ((0, 1), (1, 2)):
                     curves = [rising(run[0], run[which]) for run in seeds]
-                    if not curves:
-                        continue
-                    x, mean, std = band(curves) if len(curves) > 1 else (*curves[0], 0)
-                    axes[row, column].plot(x, mean, label=label, **style)
-                    axes[row, column].fill_between(x, mean - std, mean + std, color=COLORS[i], alpha=0.15,
-                                                   linewidth=0)
+                    if curves:
+                        draw_run(axes[row, column], curves, style, i / len(METHODS))
             axes[1, column].set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes[0, 0].set_ylabel("gold: the judge taste")
         axes[1, 0].set_ylabel("score: the reward model")

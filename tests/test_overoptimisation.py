@@ -1,4 +1,4 @@
-"""benchmarks/best_of_n.py: its estimator against enumeration, its CSV on a tiny policy, what it refuses."""
+"""benchmarks/best_of_n.py's estimator against enumeration, its CSV; overoptimisation.py's table, by hand."""
 import importlib.util
 import itertools
 import math
@@ -9,10 +9,15 @@ import pytest
 import torch
 from helpers import ROOT, cli, read_csv, tiny
 
-spec = importlib.util.spec_from_file_location("best_of_n", ROOT / "benchmarks" / "best_of_n.py")
-best_of_n = importlib.util.module_from_spec(spec)
-sys.modules["best_of_n"] = best_of_n
-spec.loader.exec_module(best_of_n)
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+best_of_n, overoptimisation = load("best_of_n"), load("overoptimisation")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
@@ -63,3 +68,28 @@ def test_refusals(words, says, capsys):
         cli(best_of_n, *words)
     error = capsys.readouterr().err
     assert left.value.code == 2 and all(word in error for word in says), error
+
+
+def test_table_and_figure(tmp_path, monkeypatch, capsys):
+    """A run of four steps, means over two: gold 0.1, 0.5, 0.3, so it rises by 0.4 and falls by 0.2."""
+    monkeypatch.chdir(tmp_path)
+    rows = [(0.0, 10, 0.0, 0.0), (0.2, 10, 0.2, 1.0), (0.4, 15, 0.8, 2.0), (0.6, 20, -0.2, 4.0)]
+    lines = [",".join(map(str, (step, *row))) for step, row in enumerate(rows)]
+    for name in ("grpo-8-s0", "grpo-8-s1", "ppo-8-s0"):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["step,kl,length,gold,mean_r", *lines, ""]))
+    (tmp_path / "best_of_n-8-s0.csv").write_text("n,kl_answer,gold,mean_r\n1,0,0.0,0.0\n16,1.835,0.4,2.0\n")
+    kl, gold, score = overoptimisation.read(tmp_path / "grpo-8-s0.csv", 2)
+    assert kl.tolist() == pytest.approx([1.0, 4.0, 9.0])  # of kl times length: 0, 2, 6, 12
+    assert gold.tolist() == pytest.approx([0.1, 0.5, 0.3]) and score.tolist() == [0.5, 1.5, 3.0]
+    found = overoptimisation.summary(kl, gold, score)
+    assert found == pytest.approx({"start": 0.1, "peak": 0.5, "end": 0.3, "kl_peak": 4.0, "kl_end": 9.0,
+                                   "score_start": 0.5, "score_end": 3.0})
+    assert overoptimisation.at(kl, gold, 2.5) == pytest.approx(0.3)  # half of the way from 1 to 4
+    assert math.isnan(overoptimisation.at(kl, gold, 9.5))
+    cli(overoptimisation, "--folder", ".", "--pairs", 8, "--smooth", 2, "--equal", 16, "--output", "a.png")
+    said = capsys.readouterr().out
+    assert "| GRPO, 8, 1 | 0.10 | 0.50 | 0.30 | 4.0 | 9.0 | 0.5 | 3.0 |" in said
+    assert "| best-of-n, 8 | 0.40, 2.00 |" in said and (tmp_path / "a.png").stat().st_size > 5000
+    with pytest.raises(SystemExit):
+        cli(overoptimisation, "--folder", ".", "--pairs", 9)
+    assert "results.sh overopt" in capsys.readouterr().err
