@@ -44,9 +44,10 @@ def read(path, smooth):
 
 def at(kl, value, wanted):
     """The value where a run first reaches this KL, between two steps on a line; NaN if it never does."""
-    after = int(np.argmax(kl >= wanted))
-    if kl.max() < wanted or after == 0:
-        return value[0] if kl[0] >= wanted else np.nan
+    reached = kl >= wanted - 1e-3  # a CSV's numbers are rounded
+    after = int(np.argmax(reached))
+    if after == 0:
+        return value[0] if reached[0] else np.nan
     return np.interp(wanted, kl[after - 1:after + 1], value[after - 1:after + 1])
 
 
