@@ -73,7 +73,7 @@ def runs_of(args):
 
 
 def table(found, args):
-    """Prints two tables in Markdown: each run's rise and fall, then the methods at best-of-n's KL."""
+    """Prints three tables in Markdown: each run, the mean of the seeds, the methods at best-of-n's KL."""
     print("| method, pairs, seed | gold: start | peak | end | KL there | at the end | score: start | end |")
     print("|---" * 8 + "|")
     for (method, pairs), seeds in found.items():
@@ -82,6 +82,15 @@ def table(found, args):
             cells = [f"{s[name]:.2f}" for name in ("start", "peak", "end")]
             cells += [f"{s[name]:.1f}" for name in ("kl_peak", "kl_end", "score_start", "score_end")]
             print(f"| {METHODS[method]}, {pairs:,}, {seed} | {' | '.join(cells)} |")
+    print("\n| mean ± std of the seeds | gold's rise | KL at the peak | gold's fall | score at the end |")
+    print("|---" * 5 + "|")
+    for (method, pairs), seeds in found.items():
+        each = [summary(*run) for run in seeds.values()]
+        columns = {"rise": [s["peak"] - s["start"] for s in each], "KL": [s["kl_peak"] for s in each],
+                   "fall": [s["peak"] - s["end"] for s in each], "score": [s["score_end"] for s in each]}
+        spread = int(len(each) > 1)  # of one seed: 0
+        cells = [f"{np.mean(x):.2f} ± {np.std(x, ddof=spread):.2f}" for x in columns.values()]
+        print(f"| {METHODS[method]}, {pairs:,} | {' | '.join(cells)} |")
     kls = {n: np.log(n) - (n - 1) / n for n in args.equal}
     print("\n| gold, score at the KL of |" + " |".join(f" n = {n}: {kl:.2f}" for n, kl in kls.items()) + " |")
     print("|---" * (len(kls) + 1) + "|")

@@ -89,6 +89,7 @@ def test_table_and_figure(tmp_path, monkeypatch, capsys):
     cli(overoptimisation, "--folder", ".", "--pairs", 8, "--smooth", 2, "--equal", 16, "--output", "a.png")
     said = capsys.readouterr().out
     assert "| GRPO, 8, 1 | 0.10 | 0.50 | 0.30 | 4.0 | 9.0 | 0.5 | 3.0 |" in said
+    assert "| GRPO, 8 | 0.40 ± 0.00 | 4.00 ± 0.00 | 0.20 ± 0.00 | 3.00 ± 0.00 |" in said
     assert "| best-of-n, 8 | 0.40, 2.00 |" in said and (tmp_path / "a.png").stat().st_size > 5000
     with pytest.raises(SystemExit):
         cli(overoptimisation, "--folder", ".", "--pairs", 9)
