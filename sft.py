@@ -1,8 +1,8 @@
 """SFT, supervised fine-tuning: corpus -> out/sft/policy.pth, the reference policy π₀ of all that follows.
 
 Next-token cross-entropy on random windows, with a warm-up and a cosine, as in nanoGPT (github.com/karpathy).
-Muon (kellerjordan.github.io/posts/muon) moves the blocks' matrices: its updates' singular values are about
-equal. AdamW moves the rest. The weights of the best held-out loss are kept. Losses are logged a token and a
+With --muon_lr, Muon (kellerjordan.github.io/posts/muon) moves the blocks' matrices: its updates' singular values
+are about equal. The weights of the best held-out loss are kept. Losses are logged a token and a
 character, so that tokenizers compare.
 Left out: several documents, packing, gradient accumulation.
 Run: python sft.py (several processes: torchrun --nproc_per_node=2 sft.py)
@@ -35,11 +35,11 @@ COLUMNS = [*SHARED, "held_out", "loss_char", "held_out_char", "lr", "grad_norm",
 @dataclass
 class Args:
     # ---- the algorithm ----
-    steps: Annotated[int, AtLeast(1)] = 800  # optimizer steps
+    steps: Annotated[int, AtLeast(1)] = 900  # optimizer steps
     batch_size: Annotated[int, AtLeast(1)] = 32  # windows of text
     lr: Annotated[float, AtLeast(0.0)] = 3e-3  # of AdamW, after the warm-up
-    muon_lr: Annotated[float, AtLeast(0.0)] = 0.02  # of Muon; 0, or a torch before 2.9: AdamW for all
-    lr_end: Annotated[float, AtLeast(0.0)] = 0.0  # at the end the rates are this share
+    muon_lr: Annotated[float, AtLeast(0.0)] = 0.0  # of Muon, 0.02 for one; 0, or a torch before 2.9: AdamW for all
+    lr_end: Annotated[float, AtLeast(0.0)] = 0.1  # at the end the rates are this share
     warmup: Annotated[int, AtLeast(0)] = 50  # steps
     weight_decay: float = 0.1  # of AdamW's matrices
     beta2: float = 0.99  # of AdamW
@@ -68,8 +68,8 @@ class Args:
 PRESETS = {
     "demo": Args(),
     # nanoGPT's CPU budget for character-level Shakespeare, whose README gives a held-out loss of 1.88
-    "char": Args(tokenizer="char", block_size=64, batch_size=12, steps=2000, lr=1e-3, muon_lr=0.0,
-                 lr_end=0.1, warmup=100, eval_every=250),
+    "char": Args(tokenizer="char", block_size=64, batch_size=12, steps=2000, lr=1e-3, warmup=100,
+                 eval_every=250),
 }
 
 

@@ -7,7 +7,6 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python="${PYTHON:-.venv/bin/python}"
 steps="${STEPS:-70}"
 what="${1:-all}"
-adamw="--muon_lr 0 --lr_end 0.1"  # what sft.py did before it had Muon: the π₀ of older runs
 
 want() { [ "$what" = all ] || [ "$what" = "$1" ]; }
 
@@ -18,7 +17,7 @@ if want micro; then  # what five seeds of the first file print
   done
 fi
 if want base; then  # π₀ and the reward model that all RL runs share
-  $python sft.py --overwrite --data shakespeare $adamw --steps 900 --out out/sft --log results/sft.csv
+  $python sft.py --overwrite --data shakespeare --steps 900 --out out/sft --log results/sft.csv
   $python reward_model.py --overwrite --data shakespeare --judge sentiment --log results/reward-s0.csv
 fi
 if want demo; then  # the README's figure: as long as `make demo` trains
@@ -34,7 +33,7 @@ if want tasks; then  # a weak π₀ a seed, then GRPO and PPO from it with equal
   for task in add sort; do
     [ $task = add ] && sft_steps=600 task_steps="${STEPS:-501}" || sft_steps=150 task_steps="${STEPS:-301}"
     for seed in ${SEEDS:-0 1 2 3 4}; do
-      $python sft.py --data task:$task --tokenizer char --block_size 24 $adamw --steps $sft_steps \
+      $python sft.py --data task:$task --tokenizer char --block_size 24 --steps $sft_steps \
         --seed "$seed" --log results/tasks/sft-$task-s"$seed".csv --out out/r-sft-$task-s"$seed"
       for name in grpo ppo; do
         [ $name-$task = ppo-sort ] && lr=5e-5 || lr=1e-4
@@ -76,7 +75,7 @@ if want overopt; then  # score and gold against KL: RL and best-of-n, on the pla
   folder=results/overoptimisation
   short="--data play --policy out/r-overopt-sft/policy.pth --prompt_len 8 --max_new 20"
   rl="--prompts_per_step 8 --eval_every 1000 --save_every 1000"
-  $python sft.py --data play --steps 250 --dropout 0.1 --eval_every 50 --log $folder/sft.csv --out out/r-overopt-sft
+  $python sft.py --data play --steps 250 --dropout 0.1 --muon_lr 0.02 --lr_end 0 --eval_every 50 --log $folder/sft.csv --out out/r-overopt-sft
   for seed in ${SEEDS:-0 1 2}; do
     for pairs in 1024 4096 12288; do
       run=$pairs-s$seed

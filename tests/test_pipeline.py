@@ -59,7 +59,7 @@ PAIRS = ["--data", "play", "--n_pairs", "64", "--held_out_pairs", "16", "--promp
 def run_of(name):
     """(module, words) of a short run; the RL ones have several updates a rollout."""
     if name == "sft":
-        return sft, [*SFT, "--steps", "14"]
+        return sft, [*SFT, "--steps", "14", "--muon_lr", "0.02"]
     if name == "reward_model":
         return reward_model, ["--policy", str(tiny() / "policy.pth"), *PAIRS, "--epochs", "1"]
     words = rl("--steps", 6, "--save_every", 2, "--eval_every", 3, "--epochs_per_rollout", 2,
@@ -261,7 +261,7 @@ def test_sft_learns_and_keeps_the_best():
 
 def test_each_weight_has_one_optimizer(monkeypatch):
     """Muon: the blocks' four matrices each. AdamW: the two tables with decay, biases and norms without."""
-    args = sft.Args()
+    args = sft.Args(muon_lr=0.02)
     gpt = model.GPT(model.GPTConfig(50, 16, n_layer=2, n_head=2, n_embd=8))
     names = {id(p): name for name, p in gpt.named_parameters()}
 
