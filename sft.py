@@ -1,8 +1,8 @@
 """SFT, supervised fine-tuning: corpus -> out/sft/policy.pth, the reference policy π₀ of all that follows.
 
 Next-token cross-entropy on random windows, with a warm-up and a cosine, as in nanoGPT (github.com/karpathy).
-With --muon_lr, Muon (kellerjordan.github.io/posts/muon) moves the blocks' matrices: its updates' singular values
-are about equal. The weights of the best held-out loss are kept. Losses are logged a token and a
+With --muon_lr, Muon (kellerjordan.github.io/posts/muon) moves the blocks' matrices: the singular values of its
+updates are about equal. The weights of the best held-out loss are kept. Losses are logged a token and a
 character, so that tokenizers compare.
 Left out: several documents, packing, gradient accumulation.
 Run: python sft.py (several processes: torchrun --nproc_per_node=2 sft.py)
@@ -38,7 +38,7 @@ class Args:
     steps: Annotated[int, AtLeast(1)] = 900  # optimizer steps
     batch_size: Annotated[int, AtLeast(1)] = 32  # windows of text
     lr: Annotated[float, AtLeast(0.0)] = 3e-3  # of AdamW, after the warm-up
-    muon_lr: Annotated[float, AtLeast(0.0)] = 0.0  # of Muon, 0.02 for one; 0, or a torch before 2.9: AdamW for all
+    muon_lr: Annotated[float, AtLeast(0.0)] = 0.0  # of Muon, such as 0.02; 0, or torch < 2.9: AdamW for all
     lr_end: Annotated[float, AtLeast(0.0)] = 0.1  # at the end the rates are this share
     warmup: Annotated[int, AtLeast(0)] = 50  # steps
     weight_decay: float = 0.1  # of AdamW's matrices
