@@ -1,8 +1,8 @@
 """SFT, supervised fine-tuning: corpus -> out/sft/policy.pth, the reference policy π₀ of all that follows.
 
 Next-token cross-entropy on random windows, with a warm-up and a cosine, as in nanoGPT (github.com/karpathy).
-With --muon_lr, Muon (kellerjordan.github.io/posts/muon) moves the blocks' matrices: the singular values of its
-updates are about equal. The weights of the best held-out loss are kept. Losses are logged a token and a
+With --muon_lr, Muon (kellerjordan.github.io/posts/muon) moves the blocks' matrices: singular values of an
+update are then about equal. The weights of the best held-out loss are kept. Losses are logged a token and a
 character, so that tokenizers compare.
 Left out: several documents, packing, gradient accumulation.
 Run: python sft.py (several processes: torchrun --nproc_per_node=2 sft.py)
