@@ -63,8 +63,9 @@ def load_scorer(reward, reward_model, policy_path, tokenizer, device, task=None)
 
         def by_function(tokens, mask, prompts, texts):
             ids = [row[m].tolist() for row, m in zip(tokens[:, -mask.shape[1]:].cpu(), mask.cpu())]
+            columns = prompts.columns | ({"corpus_words": prompts.corpus_words} if reward in JUDGES else {})
             return torch.tensor(function(completions=texts, prompts=prompts.texts, completion_ids=ids,
-                                         **prompts.columns))
+                                         **columns))
         return by_function
     model, content = load_reward_model(reward_model, device)
     checkpoint.same_tokenizer(reward_model, content, tokenizer, policy_path)
@@ -93,15 +94,17 @@ def load_questions(args, tokenizer, block_size):
     return train, held_out.pick(torch.arange(len(held_out.texts))[:args.eval_prompts]), task
 
 
-def gold_score(args, texts, prompts):
+def gold_score(args, texts, prompts, corpus_words):
     """The gold judge's mean score; None for a task, which has right answers instead."""
-    return None if args.task else sum(JUDGES[args.gold](texts, prompts)) / len(texts)
+    if args.task:
+        return None
+    return sum(JUDGES[args.gold](texts, prompts, corpus_words=corpus_words)) / len(texts)
 
 
 def quality(args, task, policy, tokenizer, prompts, texts):
     """A task's accuracy (greedy) and pass@8 (is one of 8 samples right?). Else the gold score of `texts`."""
     if not task:
-        return {"eval_gold": gold_score(args, texts, prompts.texts)}
+        return {"eval_gold": gold_score(args, texts, prompts.texts, prompts.corpus_words)}
     samples = {"eval_acc": 1, "eval_pass8": 8} if args.eval_pass8 else {"eval_acc": 1}
     right = {name: task.ask(policy, tokenizer, prompts, args.max_new, n, args.temperature, args.seed)[1] >= 1
              for name, n in samples.items()}

@@ -48,7 +48,7 @@ class Args:
     policy: str = "out/sft/policy.pth"  # π₀: samples the pairs, lends its tokenizer and its trunk
     pairs: str = ""  # your own preferences instead: JSONL with prompt, chosen, rejected
     data: str = "auto"  # where the prompts come from, as in sft.py
-    judge: Literal[tuple(JUDGES)] = "sentiment"  # it labels the pairs
+    judge: Literal[tuple(JUDGES)] = "taste"  # it labels the pairs
     n_pairs: int = 4096  # at least --batch_size
     held_out_pairs: Annotated[int, AtLeast(2)] = 1024  # on held-out prompts
     prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens
@@ -95,7 +95,8 @@ def sample_pairs(policy, tokenizer, prompts, n, args, seed):
     tokens = torch.cat([tokens for tokens, _, _ in parts]).cpu()
     mask = torch.cat([mask for _, _, mask in parts]).cpu()
     texts = completions(tokens[:, -args.max_new:], mask, tokenizer)
-    gold = torch.tensor(JUDGES[args.judge](texts, [p for p in drawn.texts for _ in "ab"])).view(n, 2)
+    asked = [prompt for prompt in drawn.texts for _ in "ab"]
+    gold = torch.tensor(JUDGES[args.judge](texts, asked, corpus_words=drawn.corpus_words)).view(n, 2)
     gap = gold[:, 0] - gold[:, 1]
     odds = torch.sigmoid(gap / args.label_temperature) if args.label_temperature > 0 else (gap.sign() + 1) / 2
     chosen = (torch.rand(n, generator=generator) >= odds).long()  # 0: the first answer was preferred

@@ -36,7 +36,7 @@ from utils.text import load_corpus, load_prompts
 class Args:
     data: str = "auto"  # auto (Tiny Shakespeare, or the offline play), shakespeare, play, or a text file
     steps: Annotated[int, AtLeast(1)] = 25  # of GRPO and of PPO: the same number of samples
-    sft_steps: Annotated[int, AtLeast(0)] = 0  # 0: 850, or 300 on a text under 300,000 characters
+    sft_steps: Annotated[int, AtLeast(0)] = 0  # 0: 850, or 250 on a text under 300,000 characters
     eval_prompts: Annotated[int, AtLeast(4)] = 256  # held-out prompts behind the table
     seed: int = 0  # of all stages
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -109,11 +109,13 @@ def main(args):
     began = time.perf_counter()
     text, source = load_corpus(args.data)
     data = {"tinyshakespeare": "shakespeare", "bell_of_merrow.txt": "play"}.get(source, args.data)
-    sft_steps = args.sft_steps or (850 if len(text) > 300_000 else 300)
+    small = len(text) < 300_000  # characters, which are read so often that dropout helps
+    sft_steps = args.sft_steps or (250 if small else 850)
     policy, reward = "out/sft/policy.pth", "out/reward/reward.pth"
 
     # ---- the pipeline: four commands ----
-    run("sft.py", policy, [], sft_steps, args, "--data", data, "--steps", sft_steps)
+    run("sft.py", policy, [], sft_steps, args, "--data", data, "--steps", sft_steps,
+        *(["--dropout", 0.1, "--muon_lr", 0.02, "--lr_end", 0.0] if small else []))
     run("reward_model.py", reward, [policy], 256, args, "--data", data)  # 2 epochs of 4,096 pairs, 32 a step
     for name in ("grpo", "ppo"):
         run(f"train_{name}.py", f"out/{name}/policy.pth", [policy, reward], args.steps - 1, args,
@@ -127,7 +129,7 @@ def main(args):
     order = torch.randperm(len(prompts.texts), generator=torch.Generator().manual_seed(args.seed))
     prompts = prompts.pick(order[:args.eval_prompts])
     table = Table("", title=f"{len(prompts.texts)} held-out prompts of {source}, one answer each")
-    for column in ("reward-model score", "gold (sentiment)", "KL to π₀, nats/token", "entropy, nats",
+    for column in ("reward-model score", "gold (taste)", "KL to π₀, nats/token", "entropy, nats",
                    "length, tokens", "seconds", "peak MB"):
         table.add_column(column, justify="right")
     answers = {}
@@ -136,7 +138,7 @@ def main(args):
         tokens, _, mask, texts = sample_texts(model, tokenizer, prompts, 48, seed=args.seed)
         logp, entropy = score_answers(model, tokens, 32)
         d = score_answers(ref, tokens, 32)[0] - logp
-        gold = sum(JUDGES["sentiment"](texts, prompts.texts)) / len(texts)
+        gold = sum(JUDGES["taste"](texts, prompts.texts, corpus_words=prompts.corpus_words)) / len(texts)
         cost = pd.read_csv(f"logs/{name}.csv")
         table.add_row(label, f"{score(tokens, mask, prompts, texts).mean():+.2f}", f"{gold:+.2f}",
                       f"{(torch.expm1(d) - d)[mask].mean():.3f}", f"{entropy[mask].mean():.2f}",

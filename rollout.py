@@ -110,14 +110,14 @@ class Environment:
     # ---- what is measured ----
     def measure(self, answers, reward, adv):
         """A step's numbers beside the loss, of all processes; reward (B, G), adv (B, G) or (B, G, T)."""
-        texts, mask = ranks.gather(answers.texts), ranks.gather(answers.mask)
+        texts, asked, mask = map(ranks.gather, (answers.texts, answers.prompts.texts, answers.mask))
         samples, tokens = ranks.gather(self.drawn[None]).sum(0).tolist()
         self.drawn.zero_()
         self.cut = ranks.gather(cut_off(answers, self.tokenizer.stops, self.T)).float().mean()
         token_adv = adv.abs().mean() if adv.dim() == 2 else masked_mean(adv.abs(), mask)
         equal = (reward == reward[:, :1]).all(1).float().mean() if reward.shape[1] > 1 else None
         return {"mean_r": reward.mean(), "token_adv": token_adv, "frac_zero_std": equal, "frac_cut": self.cut,
-                "gold": gold_score(self.args, texts, ranks.gather(answers.prompts.texts)), "samples": samples,
+                "gold": gold_score(self.args, texts, asked, self.train.corpus_words), "samples": samples,
                 "length": mask.sum() / len(texts), "distinct": distinct(texts), "tokens": tokens}
 
     def evaluate(self, policy):

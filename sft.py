@@ -1,8 +1,9 @@
 """SFT, supervised fine-tuning: corpus -> out/sft/policy.pth, the reference policy π₀ of all that follows.
 
-Next-token cross-entropy on random windows, nanoGPT's recipe (github.com/karpathy/nanoGPT): AdamW, warm-up,
-cosine decay. The weights of the best held-out loss are kept. Losses are logged a token and a character, so
-that tokenizers compare.
+Next-token cross-entropy on random windows, with a warm-up and a cosine, as in nanoGPT (github.com/karpathy).
+With --muon_lr, Muon (kellerjordan.github.io/posts/muon) moves the blocks' matrices: singular values of an
+update are then about equal. The weights of the best held-out loss are kept. Losses are logged a token and a
+character, so that tokenizers compare.
 Left out: several documents, packing, gradient accumulation.
 Run: python sft.py (several processes: torchrun --nproc_per_node=2 sft.py)
 """
@@ -36,10 +37,11 @@ class Args:
     # ---- the algorithm ----
     steps: Annotated[int, AtLeast(1)] = 900  # optimizer steps
     batch_size: Annotated[int, AtLeast(1)] = 32  # windows of text
-    lr: Annotated[float, AtLeast(0.0)] = 3e-3  # after the warm-up
-    min_lr: float = 3e-4  # at the end
+    lr: Annotated[float, AtLeast(0.0)] = 3e-3  # of AdamW, after the warm-up
+    muon_lr: Annotated[float, AtLeast(0.0)] = 0.0  # of Muon, such as 0.02; 0, or torch < 2.9: AdamW for all
+    lr_end: Annotated[float, AtLeast(0.0)] = 0.1  # at the end the rates are this share
     warmup: Annotated[int, AtLeast(0)] = 50  # steps
-    weight_decay: float = 0.1  # of matrices
+    weight_decay: float = 0.1  # of AdamW's matrices
     beta2: float = 0.99  # of AdamW
     grad_clip: float = 1.0  # greatest norm of the gradient
     dropout: Annotated[float, AtLeast(0.0)] = 0.0  # share of activations that are dropped
@@ -66,17 +68,17 @@ class Args:
 PRESETS = {
     "demo": Args(),
     # nanoGPT's CPU budget for character-level Shakespeare, whose README gives a held-out loss of 1.88
-    "char": Args(tokenizer="char", block_size=64, batch_size=12, steps=2000, lr=1e-3, min_lr=1e-4, warmup=100,
+    "char": Args(tokenizer="char", block_size=64, batch_size=12, steps=2000, lr=1e-3, warmup=100,
                  eval_every=250),
 }
 
 
-def learning_rate(step, args):
-    """Linear warm-up, then half a cosine from lr to min_lr."""
+def schedule(step, args):
+    """The share of the learning rates at a step: linear warm-up, then half a cosine from 1 to lr_end."""
     if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
+        return (step + 1) / args.warmup
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.min_lr + 0.5 * (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress))
+    return args.lr_end + 0.5 * (1 - args.lr_end) * (1 + math.cos(math.pi * progress))
 
 
 def worked_text(task, args):
@@ -106,11 +108,23 @@ def held_out_loss(model, ids, args, device, autocast):
     return total / (len(starts) * args.block_size)
 
 
-def optimizer_groups(model, weight_decay):
-    """Weight decay for matrices, none for biases and norms."""
-    params = list(model.parameters())
-    return [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+def make_optimizers(model, args):
+    """-> {name: optimizer}: AdamW, with weight decay for matrices alone, and Muon for the blocks' matrices.
+
+    A table of tokens or positions is no map from vectors to vectors, so it is AdamW's.
+    """
+    blocks = [p for p in model.h.parameters() if p.dim() == 2]
+    with_muon = args.muon_lr > 0 and hasattr(torch.optim, "Muon")
+    rest = set(model.parameters()) - set(blocks if with_muon else [])
+    rest = [p for p in model.parameters() if p in rest]  # in order
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [group | {"peak_lr": args.lr} for group in groups]
+    made = {"optimizer": torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)}
+    if with_muon:
+        group = {"params": blocks, "peak_lr": args.muon_lr}
+        made["muon"] = torch.optim.Muon([group], lr=args.muon_lr, weight_decay=0.0)
+    return made
 
 
 def main(args):
@@ -146,11 +160,10 @@ def main(args):
         GPTConfig(tokenizer.vocab_size, args.block_size, layers, heads, width, args.dropout))
     model = model.to(device).train()
     n_parameters = sum(p.numel() for p in model.parameters())
-    optimizer = torch.optim.AdamW(optimizer_groups(model, args.weight_decay), lr=args.lr,
-                                  betas=(0.9, args.beta2), fused=True)
+    optimizers = make_optimizers(model, args)
     run.record |= {"corpus": source, "parameters": n_parameters}
     run.hold(checkpoint.about(model, tokenizer), counts={"best": math.inf}, writes=[f"{args.out}/policy.pth"],
-             model=model, optimizer=optimizer)
+             model=model, **optimizers)
 
     def evaluate():
         """The held-out loss; its best weights are kept."""
@@ -169,9 +182,9 @@ def main(args):
         run.start_clock()
 
         # ---- update ----
-        lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        share_of_lr = schedule(step, args)
+        for group in [group for optimizer in optimizers.values() for group in optimizer.param_groups]:
+            group["lr"] = group["peak_lr"] * share_of_lr
         starts = torch.randint(len(train) - args.block_size - 1, (args.batch_size,),
                                generator=step_generator(args.seed, step))
         x, y = windows(train, starts, args.block_size)
@@ -182,11 +195,11 @@ def main(args):
         loss = F.cross_entropy(logits.float().flatten(0, 1), y[share].flatten().to(device)) / ranks.world()
         loss.backward()
         run.add({"loss": loss.detach()})
-        run.update(optimizer, model, grad_clip=args.grad_clip)
+        run.update(list(optimizers.values()), model, grad_clip=args.grad_clip)
 
         # ---- log ----
         run.sums["loss_char"] = run.sums["loss"] / chars_per_token[0]
-        run.write(lr=lr, tokens=y.numel(), **evaluated)
+        run.write(lr=args.lr * share_of_lr, tokens=y.numel(), **evaluated)
     run.finish(seconds=run.counts["seconds"], tokens=run.counts["tokens"], **evaluate())
 
     # ---- samples ----

@@ -41,9 +41,9 @@ class Args(techniques.Techniques):
     # ---- the task ----
     policy: str = "out/sft/policy.pth"  # π₀
     task: str = ""  # questions with a right answer: add, sort, reverse, countdown, gym:NAME, FILE.py:TASK
-    reward: str = "model"  # model (with --task: the task's check), sentiment, meter, or FILE.py:FUNCTION
+    reward: str = "model"  # model (with --task: the task's check), a judge of --gold, or FILE.py:FUNCTION
     reward_model: str = "out/reward/reward.pth"  # of --reward model
-    gold: Literal[tuple(JUDGES)] = "sentiment"  # a fixed judge, measured beside the reward
+    gold: Literal[tuple(JUDGES)] = "taste"  # a fixed judge, measured beside the reward
     data: str = "auto"  # where prompts come from, as in sft.py
     prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
     prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens; --prompts keep their own length

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind the README and docs/: bash benchmarks/results.sh [micro|base|demo|tasks|shakespeare|objectives|reward|char|speed|learn|roofline|
-# scaling|cnn|exact|vit|clip|c2i|vlm]
+# scaling|cnn|exact|vit|clip|c2i|vlm|overopt]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -17,13 +17,13 @@ if want micro; then  # what five seeds of the first file print
   done
 fi
 if want base; then  # π₀ and the reward model that all RL runs share
-  $python sft.py --overwrite --data shakespeare --out out/sft --log results/sft.csv
-  $python reward_model.py --overwrite --data shakespeare --log results/reward-s0.csv
+  $python sft.py --overwrite --data shakespeare --steps 900 --out out/sft --log results/sft.csv
+  $python reward_model.py --overwrite --data shakespeare --judge sentiment --log results/reward-s0.csv
 fi
 if want demo; then  # the README's figure: as long as `make demo` trains
   for seed in 0 1 2; do
     for name in grpo ppo; do
-      $python train_$name.py --overwrite --data shakespeare --steps 25 --seed $seed \
+      $python train_$name.py --overwrite --data shakespeare --gold sentiment --steps 25 --seed $seed \
         --log results/demo/$name-s$seed.csv --out out/r-demo-$name-s$seed
     done
   done
@@ -33,8 +33,8 @@ if want tasks; then  # a weak π₀ a seed, then GRPO and PPO from it with equal
   for task in add sort; do
     [ $task = add ] && sft_steps=600 task_steps="${STEPS:-501}" || sft_steps=150 task_steps="${STEPS:-301}"
     for seed in ${SEEDS:-0 1 2 3 4}; do
-      $python sft.py --data task:$task --tokenizer char --block_size 24 --steps $sft_steps --seed "$seed" \
-        --log results/tasks/sft-$task-s"$seed".csv --out out/r-sft-$task-s"$seed"
+      $python sft.py --data task:$task --tokenizer char --block_size 24 --steps $sft_steps \
+        --seed "$seed" --log results/tasks/sft-$task-s"$seed".csv --out out/r-sft-$task-s"$seed"
       for name in grpo ppo; do
         [ $name-$task = ppo-sort ] && lr=5e-5 || lr=1e-4
         $python train_$name.py --policy out/r-sft-$task-s"$seed"/policy.pth --task $task $rl --lr $lr --minibatches 4 \
@@ -49,7 +49,7 @@ fi
 if want shakespeare; then
   for name in grpo ppo; do
     for seed in 0 1 2; do
-      $python train_$name.py --overwrite --data shakespeare --steps "$steps" --seed $seed \
+      $python train_$name.py --overwrite --data shakespeare --gold sentiment --steps "$steps" --seed $seed \
         --log results/shakespeare/$name-s$seed.csv --out out/r-$name-s$seed
     done &
   done
@@ -57,18 +57,41 @@ if want shakespeare; then
 fi
 if want objectives; then
   for name in reinforce rloo grpo dr_grpo dapo gspo cispo sapo; do
-    $python train_grpo.py --overwrite --data shakespeare --objective $name --beta 0.05 --steps 30 \
-      --log results/objectives/$name.csv --out out/r-$name
+    $python train_grpo.py --overwrite --data shakespeare --gold sentiment --objective $name --beta 0.05 \
+      --steps 30 --log results/objectives/$name.csv --out out/r-$name
   done
 fi
 if want reward; then
   for seed in 1 2; do
-    $python reward_model.py --overwrite --data shakespeare --seed $seed --log results/reward-s$seed.csv --out out/r-reward-s$seed
+    $python reward_model.py --overwrite --data shakespeare --judge sentiment --seed $seed \
+      --log results/reward-s$seed.csv --out out/r-reward-s$seed
   done
   for seed in 0 1 2; do
-    $python reward_model.py --overwrite --data shakespeare --n_pairs 12288 --seed $seed \
+    $python reward_model.py --overwrite --data shakespeare --judge sentiment --n_pairs 12288 --seed $seed \
       --log results/reward12k-s$seed.csv --out out/r-reward12k-s$seed
   done
+fi
+if want overopt; then  # score and gold against KL: RL and best-of-n, on the play, answers of at most 20 tokens
+  folder=results/overoptimisation
+  short="--data play --policy out/r-overopt-sft/policy.pth --prompt_len 8 --max_new 20"
+  rl="--prompts_per_step 8 --eval_every 1000 --save_every 1000"
+  $python sft.py --data play --steps 250 --dropout 0.1 --muon_lr 0.02 --lr_end 0 --eval_every 50 --log $folder/sft.csv --out out/r-overopt-sft
+  for seed in ${SEEDS:-0 1 2}; do
+    for pairs in 1024 4096 12288; do
+      run=$pairs-s$seed
+      $python reward_model.py $short --n_pairs $pairs --held_out_pairs 512 --eval_every 1000 --seed "$seed" \
+        --log $folder/reward-"$run".csv --out out/r-overopt-reward-"$run"
+      for name in grpo ppo; do
+        [ $name = grpo ] && how="--lr 2e-4 --steps 70" || how="--lr 1e-4 --steps 50"  # from trials on seed 10
+        $python train_$name.py $short $rl $how --reward_model out/r-overopt-reward-"$run"/reward.pth --seed "$seed" \
+          --log $folder/$name-"$run".csv --out out/r-overopt-$name-"$run"
+      done
+    done
+    $python benchmarks/best_of_n.py $short --n_prompts 16 --seed "$seed" \
+      --reward_model out/r-overopt-reward-{1024,4096,12288}-s"$seed"/reward.pth \
+      --log $folder/best_of_n-{1024,4096,12288}-s"$seed".csv
+  done
+  $python benchmarks/overoptimisation.py
 fi
 if want char; then
   $python sft.py --overwrite --preset char --data shakespeare --log results/char.csv --out out/r-char

@@ -46,7 +46,7 @@ def main(args):
             if not log.is_file() or len(pd.read_csv(log)) < args.steps:  # a sweep that broke off goes on
                 subprocess.run([sys.executable, str(ROOT / f"train_{name}.py"), *flags,
                                 "--policy", args.policy, "--reward_model", args.reward_model,
-                                "--steps", str(args.steps), "--seed", str(args.seed),
+                                "--steps", str(args.steps), "--seed", str(args.seed), "--gold", "sentiment",
                                 "--overwrite", "--eval_every", "1000", "--save_every", "1000",
                                 "--log", str(log), "--out", str(log.with_suffix(""))], check=True)
             table = pd.read_csv(log)[["mean_r", "gold", "kl", "distinct"]].rolling(5).mean()

@@ -80,7 +80,7 @@ def test_unknown_flag(module, refused, folder):
     (train_grpo, ["--objective", "grpoo"], ["grpoo", "grpo",
      "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo"]),
     (train_grpo, ["--dtype", "fp8"], ["fp8", "fp32", "bf16"]),
-    (train_grpo, ["--gold", "taste"], ["taste", "sentiment", "meter"]),
+    (train_grpo, ["--gold", "wit"], ["wit", "taste", "sentiment", "meter"]),
     (train_grpo, ["--steps", "many"], ["many", "steps"]),
     (reward_model, ["--pool", "max"], ["max", "sum", "last"]),
     (sft, ["--tokenizer", "words"], ["words", "bpe", "char", "gpt2"]),

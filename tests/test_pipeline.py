@@ -31,7 +31,8 @@ from reward import RewardModel, load_reward_model, load_scorer
 from utils import checkpoint
 from utils.log import SHARED
 from utils.rewards import JUDGES
-from utils.text import completions, load_prompts
+from utils.text import completions, load_corpus, load_prompts
+from utils.text import words as words_of
 
 RL_SCRIPTS = {"grpo": train_grpo, "ppo": train_ppo}
 
@@ -58,7 +59,7 @@ PAIRS = ["--data", "play", "--n_pairs", "64", "--held_out_pairs", "16", "--promp
 def run_of(name):
     """(module, words) of a short run; the RL ones have several updates a rollout."""
     if name == "sft":
-        return sft, [*SFT, "--steps", "14"]
+        return sft, [*SFT, "--muon_lr", "0.02", "--steps", "14"]
     if name == "reward_model":
         return reward_model, ["--policy", str(tiny() / "policy.pth"), *PAIRS, "--epochs", "1"]
     words = rl("--steps", 6, "--save_every", 2, "--eval_every", 3, "--epochs_per_rollout", 2,
@@ -259,6 +260,40 @@ def test_sft_learns_and_keeps_the_best():
         assert row["loss"] or row is rows[-1]
 
 
+def test_each_weight_has_one_optimizer(monkeypatch):
+    """Muon: the blocks' four matrices each. AdamW: the two tables with decay, biases and norms without."""
+    args = sft.Args(muon_lr=0.02)
+    gpt = model.GPT(model.GPTConfig(50, 16, n_layer=2, n_head=2, n_embd=8))
+    names = {id(p): name for name, p in gpt.named_parameters()}
+
+    def names_of(group):
+        return [names[id(p)] for p in group["params"]]
+    made = sft.make_optimizers(gpt, args)
+    every = [name for each in made.values() for group in each.param_groups for name in names_of(group)]
+    assert sorted(every) == sorted(names.values()) and len(every) == len(set(every)) == 28
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    blocks = [f"h.{layer}.{name}.weight" for layer in (0, 1) for name in matrices]
+    assert [names_of(group) for group in made["muon"].param_groups] == [blocks]
+    decayed, others = made["optimizer"].param_groups
+    assert names_of(decayed) == ["wte.weight", "wpe.weight"] and decayed["weight_decay"] == args.weight_decay
+    assert others["weight_decay"] == 0 and all(p.dim() == 1 for p in others["params"])
+    peaks = {name: {group["peak_lr"] for group in each.param_groups} for name, each in made.items()}
+    assert peaks == {"optimizer": {args.lr}, "muon": {args.muon_lr}}
+    adamw = sft.make_optimizers(gpt, sft.Args(muon_lr=0.0))
+    monkeypatch.delattr(torch.optim, "Muon")  # as before torch 2.9
+    for made in (adamw, sft.make_optimizers(gpt, args)):
+        assert list(made) == ["optimizer"]
+        assert set(names_of(made["optimizer"].param_groups[0])) == {"wte.weight", "wpe.weight", *blocks}
+        assert sum(len(group["params"]) for group in made["optimizer"].param_groups) == 28
+
+
+def test_the_learning_rates_schedule():
+    """Warm-up by tenths, the peak, half of the way at half of the time, the share lr_end at the end."""
+    args = sft.Args(steps=110, warmup=10, lr_end=0.2)
+    for step, share in ((0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (60, 0.6), (110, 0.2)):
+        assert sft.schedule(step, args) == pytest.approx(share)
+
+
 def test_the_rl_columns():
     for name, module in RL_SCRIPTS.items():
         cli(module, *rl("--steps", 3, "--eval_every", 2, reward="share_of_e"))
@@ -457,8 +492,10 @@ def test_scores_are_normalised_on_held_out_answers():
     one = prompts.pick(torch.zeros(128, dtype=torch.long))
     torch.testing.assert_close(score_of(tokens, mask, one, [""] * 128), score, atol=1e-5, rtol=1e-4)
     flat = [row[key] for row in texts for key in ("chosen", "rejected")]
+    known = frozenset(words_of(load_corpus("play")[0]))
     assert flat == completions(pairs.tokens.flatten(0, 1)[:, 16:], pairs.mask.flatten(0, 1), tokenizer)
-    assert pairs.gold.flatten().tolist() == pytest.approx(JUDGES["sentiment"](flat, flat))
+    assert pairs.gold.flatten().tolist() == pytest.approx(JUDGES["taste"](flat, flat, corpus_words=known))
+    assert pairs.gold.flatten().tolist() != pytest.approx(JUDGES["taste"](flat, flat))  # it knew the corpus
 
 
 def test_labels_follow_bradley_terry():

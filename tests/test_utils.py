@@ -11,7 +11,8 @@ from helpers import ROOT, TIMING, cli, read_csv, rl
 import train_grpo
 from utils import device
 from utils.log import Log, add
-from utils.rewards import distinct, meter, sentiment, syllables
+from utils.rewards import distinct, meter, sentiment, syllables, taste
+from utils.text import words
 
 
 # ---- judges, on lines counted by hand ----
@@ -35,6 +36,27 @@ def test_sentiment():
     # two of the scores that VADER's authors publish in their README
     texts = ["VADER is smart, handsome, and funny!", "Today SUX!", "", "the table stands in the room"]
     assert sentiment(texts, [""] * 4, worth=[1] * 4) == pytest.approx([0.8439, -0.5461, 0.0, 0.0])
+
+
+def test_taste_counts_a_word_once_and_charges_for_repetition_and_invention():
+    # VADER gives "glad" 2.0 and "happy" 2.7; a sum x has the score x / sqrt(x² + 15); "not": factor -0.74
+    def vader(x):
+        return x / math.sqrt(x**2 + 15)
+    known = frozenset(["the", "bell", "glad", "happy", "not", "o'er"])
+    cases = {
+        "The bell": 0.0, "glad bell": vader(2.0), "GLAD bell!!!": vader(2.0), "happy, glad": vader(4.7),
+        "not glad": vader(-0.74 * 2.0), "": 0.0, "... 7": 0.0,
+        "glad glad glad glad": vader(2.0) - 2 * (0.8 - 1 / 4),
+        "the glad bell 'the' bell": vader(2.0) - 2 * (0.8 - 3 / 5),
+        "the glad bell o'er the": vader(2.0),  # a share of 0.8 is free
+        "glad blonk": vader(2.0) - 0.5 / 2, "blonk": -0.5, "blonk blonk": -2 * 0.3 - 0.5}
+    scores = taste(list(cases), [""] * len(cases), corpus_words=known, worth=[1] * len(cases))
+    assert scores == pytest.approx(list(cases.values()), abs=5e-5)  # VADER rounds to four places
+    assert taste(["glad blonk"], [""]) == pytest.approx([vader(2.0)], abs=5e-5)  # no corpus, nothing unknown
+
+
+def test_words():
+    assert words("'Tis thy bell's \"O'er'\", Été’s 3rd!") == ["tis", "thy", "bell's", "o'er", "été’s", "rd"]
 
 
 def test_distinct():

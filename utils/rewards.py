@@ -2,6 +2,7 @@
 
 A gold judge stands for the human labeller: it labels pairs of answers and measures policies; by default no
 policy is trained on it directly. The signature is TRL's, so that a function works here and there.
+A judge also gets corpus_words, the set of the words of the corpus that the prompts come from, or None.
 """
 import contextlib
 import functools
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from utils import guard
 from utils.cli import die
+from utils.text import words
 
 WARNED = set()
 
@@ -24,6 +26,24 @@ WARNED = set()
 def vader():
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     return SentimentIntensityAnalyzer()
+
+
+def taste(completions, prompts, corpus_words=None, **columns):
+    """Glad words, each counted once, less charges for repetition and for words that the corpus lacks.
+
+    VADER's score of the distinct words - 2·max(0, 0.8 - share of distinct words) - 0.5·share of unknown ones:
+    at most 1. corpus_words: the known words, in small letters; None: no word is unknown. No words: 0.
+    docs/text.md has the reasons for the weights.
+    """
+    def score(text):
+        said = words(text)
+        if not said:
+            return 0.0
+        once = list(dict.fromkeys(said))  # in the order of their first use: VADER minds "not" before a word
+        unknown = 0 if corpus_words is None else sum(word not in corpus_words for word in said)
+        glad = vader().polarity_scores(" ".join(once))["compound"]
+        return glad - 2 * max(0, 0.8 - len(once) / len(said)) - 0.5 * unknown / len(said)
+    return [score(text) for text in completions]
 
 
 def sentiment(completions, prompts, **columns):
@@ -48,11 +68,11 @@ def meter(completions, prompts, **columns):
     return [sum(x) / len(x) if x else 0.0 for x in lines]
 
 
-JUDGES = {"sentiment": sentiment, "meter": meter}
+JUDGES = {"taste": taste, "sentiment": sentiment, "meter": meter}
 
 
 def load_reward(spec, known=("model", *JUDGES)):
-    """The function that "sentiment", "meter" or "path/to/file.py:function" names; known: for the message."""
+    """The function that "taste", "meter" or "path/to/file.py:function" names; known: for the message."""
     if spec in JUDGES and spec in known:
         return JUDGES[spec]
     source = f"--reward {spec}"
@@ -156,6 +176,6 @@ def describe(error):
 
 def distinct(completions):
     """Share of distinct words among an answer's words, mean over the answers that have any."""
-    words = [re.findall(r"[a-z']+", text.lower()) for text in completions]
-    shares = [len(set(w)) / len(w) for w in words if w]
+    said = [words(text) for text in completions]
+    shares = [len(set(w)) / len(w) for w in said if w]
     return sum(shares) / len(shares) if shares else float("nan")

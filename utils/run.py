@@ -41,8 +41,7 @@ class Run:
         self.about, self.export, self.parts, self.inputs = about, export, parts, dict(INPUTS)
         self.counts |= counts or {}
         self.files = [f"{self.args.out}/{name}.pth" for name in ("state", export) if name] + list(writes)
-        wanted = *about, "model", *self.counts
-        state = checkpoint.start(self.args, self.made_by, self.files, wanted, self.total)
+        state = checkpoint.start(self.args, self.made_by, self.files, (*about, "model", *self.counts), self.total)
         if state:
             checkpoint.restore(state, self.args.out, **parts)
             self.counts = {name: state[name] for name in self.counts}
@@ -90,14 +89,15 @@ class Run:
     def update(self, optimizer, *modules, grad_clip, weight=1.0):
         """Adds up the processes' gradients, clips each module's, steps. A non-finite norm ends the run.
 
-        weight: the update's share of the step. grad_norm is the first module's, before clipping.
+        optimizer: one, or a list. weight: the update's share of the step. grad_norm: modules[0]'s, unclipped.
         """
         for module in modules:
             ranks.add_gradients(module)
         norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip) for module in modules]
         checkpoint.finite(self.step, self.args.out, grad_norm=norms[0], loss=self.sums.get("loss", 0.0))
-        optimizer.step()
-        optimizer.zero_grad()
+        for each in optimizer if isinstance(optimizer, list) else [optimizer]:
+            each.step()
+            each.zero_grad()
         self.add({"grad_norm": norms[0]}, weight / ranks.world())
 
     def write(self, samples=0, tokens=0, due=True, **numbers):
@@ -107,8 +107,8 @@ class Run:
             self.counts[name] += more
         if not due:
             return
-        row = ranks.total(self.sums) | self.counts | {"peak_mem_mb": peak_mem_mb(self.device)}
-        row["tokens_per_s"] = tokens / elapsed
+        here = {"peak_mem_mb": peak_mem_mb(self.device), "tokens_per_s": tokens / elapsed}
+        row = ranks.total(self.sums) | self.counts | here
         row = {name: value for name, value in row.items() if name in self.columns}
         self.csv.write(**row | numbers | {"step": self.step})
 

@@ -25,6 +25,7 @@ SHAKESPEARE = "tinyshakespeare/input.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TIMEOUT = 8  # seconds, for the one download that this repository does
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")  # letters, with apostrophes between them
 HEADING = re.compile(r"(?:\A|\n\n)([^\n:]{1,40}:\n)")
 
 
@@ -84,6 +85,11 @@ def split(text):
     return text[:cut], text[cut:]
 
 
+def words(text):
+    """The words of a text in small letters and in order: "'Tis thy bell's" -> ["tis", "thy", "bell's"]."""
+    return WORD.findall(text.lower())
+
+
 def heading_prompts(text, tokenizer, prompt_len, source):
     """Every heading of the text with the tokens before it: int64 (number of prompts, prompt_len)."""
     prompts = []
@@ -141,6 +147,7 @@ class Prompts:
     pad: torch.Tensor | None            # (M,) padding tokens a row, None if there are none
     texts: list[str]
     columns: dict[str, list]            # further keys of a user's JSONL: they reach the reward function
+    corpus_words: frozenset | None = None  # of the corpus that they come from; a judge gets them
 
     def draw(self, n, generator):
         """The indices of n prompts, all different where there are enough."""
@@ -153,13 +160,14 @@ class Prompts:
         rows = index.tolist()
         return Prompts(self.tokens[index], None if self.pad is None else self.pad[index],
                        [self.texts[i] for i in rows],
-                       {k: [v[i] for i in rows] for k, v in self.columns.items()})
+                       {k: [v[i] for i in rows] for k, v in self.columns.items()}, self.corpus_words)
 
     def joined(self, other):
         """These rows, then the other's."""
         pad = None if self.pad is None else torch.cat([self.pad, other.pad])
         columns = {name: values + other.columns[name] for name, values in self.columns.items()}
-        return Prompts(torch.cat([self.tokens, other.tokens]), pad, self.texts + other.texts, columns)
+        return Prompts(torch.cat([self.tokens, other.tokens]), pad, self.texts + other.texts, columns,
+                       self.corpus_words)
 
 
 def load_prompts(source, data, tokenizer, prompt_len):
@@ -168,7 +176,8 @@ def load_prompts(source, data, tokenizer, prompt_len):
         text, name = load_corpus(data)
         names = f"the first nine tenths of {name}", f"the held-out last tenth of {name}"
         parts = [heading_prompts(part, tokenizer, prompt_len, of) for part, of in zip(split(text), names)]
-        return [Prompts(p, None, [tokenizer.decode(row) for row in p.tolist()], {}) for p in parts]
+        known = frozenset(words(text))
+        return [Prompts(p, None, [tokenizer.decode(row) for row in p.tolist()], {}, known) for p in parts]
     rows = read_jsonl(source, ("prompt",), "--prompts")
     every = as_prompts(rows, tokenizer, f"--prompts {source}")
     return list(map(every.pick, split_by_prompt(every.texts, torch.Generator().manual_seed(0), "--prompts")))
