@@ -195,7 +195,10 @@ def main(args):
         loss = F.cross_entropy(logits.float().flatten(0, 1), y[share].flatten().to(device)) / ranks.world()
         loss.backward()
         run.add({"loss": loss.detach()})
-        run.update(list(optimizers.values()), model, grad_clip=args.grad_clip)
+        run.update(optimizers["optimizer"], model, grad_clip=args.grad_clip)  # it clips Muon's gradients, too
+        if "muon" in optimizers:
+            optimizers["muon"].step()
+            optimizers["muon"].zero_grad()
 
         # ---- log ----
         run.sums["loss_char"] = run.sums["loss"] / chars_per_token[0]

@@ -41,7 +41,8 @@ class Run:
         self.about, self.export, self.parts, self.inputs = about, export, parts, dict(INPUTS)
         self.counts |= counts or {}
         self.files = [f"{self.args.out}/{name}.pth" for name in ("state", export) if name] + list(writes)
-        state = checkpoint.start(self.args, self.made_by, self.files, (*about, "model", *self.counts), self.total)
+        wanted = *about, "model", *self.counts
+        state = checkpoint.start(self.args, self.made_by, self.files, wanted, self.total)
         if state:
             checkpoint.restore(state, self.args.out, **parts)
             self.counts = {name: state[name] for name in self.counts}
@@ -89,15 +90,14 @@ class Run:
     def update(self, optimizer, *modules, grad_clip, weight=1.0):
         """Adds up the processes' gradients, clips each module's, steps. A non-finite norm ends the run.
 
-        optimizer: one, or a list. weight: the update's share of the step. grad_norm: modules[0]'s, unclipped.
+        weight: the update's share of the step. grad_norm is the first module's, before clipping.
         """
         for module in modules:
             ranks.add_gradients(module)
         norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip) for module in modules]
         checkpoint.finite(self.step, self.args.out, grad_norm=norms[0], loss=self.sums.get("loss", 0.0))
-        for each in optimizer if isinstance(optimizer, list) else [optimizer]:
-            each.step()
-            each.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         self.add({"grad_norm": norms[0]}, weight / ranks.world())
 
     def write(self, samples=0, tokens=0, due=True, **numbers):
