@@ -5,7 +5,7 @@ Trap: an estimator with the right value can have another gradient, since the los
 fixed. k1's gradient is 0 on average, whatever π₀ is. k3's gradient is that of KL(π₀‖π).
 Failure: k1 as a loss. Only the KL term acts here, without any reward, and yet the KL stays.
 Cure: k3, as GRPO has it. For the gradient of KL(π‖π₀) itself: k2, or k3 times the ratio.
-What tells them apart: the exact KL after 200 updates. Ten actions can be enumerated.
+What tells them apart: the KL after 200 updates. It is exact: a sum over all ten actions.
 Run: python lessons/03_kl_that_does_nothing.py
 """
 from shared import show  # first: it finds all below

@@ -5,7 +5,7 @@ Trap: the prompts are repeated in one order, and the flat rewards are cut into g
 fit. The answers to an easy prompt then look good, whatever they say, and those to a hard one look bad.
 Failure: prompts.repeat(G, 1), which gives the order p1 p2 … p1 p2 …, then view(-1, G).
 Cure: generate(…, group_size=G) keeps a group's answers side by side. Then a group has an axis of its own.
-What tells them apart: the correlation of the advantage with what the prompt is worth. It must be 0.
+What tells them apart: the correlation of the advantage with what the prompt adds to the reward. It must be 0.
 Run: python lessons/04_mixed_groups.py
 """
 from shared import B, G, P, T, VOCAB, log_prob, note, show, start, update  # first: it finds all below

@@ -1,11 +1,12 @@
 """The answers of every group earn the same. Nothing is learnt, or the policy jumps.
 
 Met in: trl#3857 (nothing), NeMo-RL#4161 (a jump).
-Trap: such a group says nothing about its answers, so its advantage must be 0. But in float32 the mean of
-equal numbers can miss them by a rounding error. The tiny std enlarges it, and Adam enlarges any gradient.
-Failure: the textbook's formula. Every reward is 0.35, and the policy moves as far as with real rewards.
+Trap: such a group says nothing about its answers, so its advantage must be 0. In float32 the mean of equal
+numbers can differ from them by a rounding error. The division by a tiny std enlarges it, and then Adam does.
+Failure: the textbook's formula. Every reward is 0.35, and the policy moves farther than with real rewards.
 Cure: subtract one of the rewards before the mean, as group_advantage does. Equal rewards give exactly 0.
-What tells them apart: the KL to the start after 30 updates. frac_zero_std is 1 where nothing can be learnt.
+What tells them apart: the KL to the start after 30 updates. frac_zero_std is 1 where nothing can be learnt:
+rewards that differ end there as well, once all answers are right.
 Run: python lessons/05_equal_rewards.py
 """
 import copy

@@ -2,7 +2,7 @@
 
 Met in: trl#2708, trl#4970, nanochat#810.
 Trap: padding often has the id of the stop token. A mask that hides this id also hides the stop that the
-policy drew. To stop is an action, and then it gets no gradient of its own.
+policy drew. To stop is an action, but the loss then has no term for it.
 Failure: mask = tokens != STOP.
 Cure: the mask goes by position, as generate gives it: true up to the stop, and the stop is scored.
 What tells them apart: the share of answers that end before max_new, after 25 updates.

@@ -2,8 +2,8 @@
 
 Met in: trl#4159.
 Trap: the sampler draws from softmax(logits / 0.6), and the trainer scores softmax(logits). These are two
-policies. So the first update is off-policy, and the clip takes gradients away for no reason.
-Failure: logp_old as the sampler noted it, logp scored at temperature 1.
+policies. So the first update treats the answers as another policy's, and the clip acts for no reason.
+Failure: logp_old is the sampler's, at 0.6. logp is scored at temperature 1.
 Cure: the trainer divides the logits by the sampler's temperature, in every pass.
 What tells them apart: ratio_max at the first update, before any weight has moved. It must be 1.
 Run: python lessons/09_temperature.py

@@ -4,8 +4,8 @@ Met in: trl#937.
 Trap: the answers of a batch are padded to one width, and the score is read at the last position.
 Failure: the mask is True everywhere, so the score is read at a padding token.
 Cure: the mask is True at the answer's own tokens. The score is read at the last of them.
-What tells them apart: how much a score changes, in std of the scores, when 8 padding tokens are added. The
-accuracy looks good in both, as long as the batches are padded as in training.
+What tells them apart: the change of a score when 8 padding tokens are added, in standard deviations of the
+scores. The accuracy is good in both, as long as batches are padded as in training.
 Run: python lessons/11_reward_reads_padding.py
 """
 from shared import adam, show, tiny_policy, update  # first: it finds all below

@@ -4,7 +4,7 @@ Met in: torchforge#664.
 Trap: k3 = exp(d) - d - 1, d = logp_ref - logp. A token that π has made very unlikely gives a large d.
 Failure: d is float16, whose exp is inf from 11.1 on. The next step makes every weight NaN.
 Cure: d is float32, whose exp is inf from 88.8 on. The step has a large KL and a finite gradient.
-Also: the non-finite rule. It ends the run before such a step reaches the weights (utils/checkpoint.py).
+Also: utils/checkpoint.py ends a run at a loss or gradient that isn't finite, before the weights.
 What tells them apart: the share of weights that are NaN at the end.
 Run: python lessons/12_infinite_kl.py
 """

@@ -5,7 +5,7 @@ Trap: a step has B prompts and G answers to each. Some libraries call B the batc
 Failure: 8 is meant as answers and taken as prompts. One pass holds all 64 answers.
 Cure: the flags say it, --prompts_per_step 8 --group_size 8. With --micro_batch 1 a pass holds one prompt's
 answers, and the gradient is the same, since the denominators are those of the whole step.
-What tells them apart: a pass's answers, and the megabytes that autograd keeps of it for the backward pass.
+What tells them apart: the answers in a pass, and the megabytes that autograd keeps for the backward pass.
 Run: python lessons/13_batch_counts_answers.py
 """
 from types import SimpleNamespace

@@ -3,7 +3,7 @@
 Met in: trl#3179, nanoGPT#467.
 Trap: weights alone look like a checkpoint. AdamW's averages and the place in the random numbers are lost.
 Failure: one generator, seeded at the start; only the weights are read again. Old prompts are drawn once more.
-Cure: the state holds weights, optimizer and step. A step's numbers follow from (seed, step) alone.
+Cure: the state holds weights, optimizer and step. A step's random numbers follow from (seed, step) alone.
 What tells them apart: the distance of the last weights from an uninterrupted run's. It must be exactly 0.
 Run: python lessons/15_resume_replays.py
 """

@@ -1,8 +1,8 @@
 """The format reward rises to 1, and the IoU stays 0. Does the model not see?
 
 Met in: VLM-R1#226, Visual-RFT#119.
-Trap: a model says a box in the space that it knows: the pixels after its processor's resize, or thousandths
-of the sides. The labels are pixels of the original image. Both look like four numbers.
+Trap: a model gives a box in the coordinates that it knows: the pixels after its processor's resize, or
+thousandths of the sides. The labels are pixels of the original image. Both look like four numbers.
 Failure: the model's numbers are compared with the labels as they are.
 Cure: each example has `scales`, pixels of the original for one unit of what the model says.
 What tells them apart: what a perfect answer earns. Score one before any training; it must be near 1.

@@ -463,7 +463,7 @@ def test_the_page_of_a_real_run_in_a_browser(opened):
             tokens = len(a["tokens"]) * 4
         assert float(tab.locator("[data-term]").get_attribute("data-term")) == pytest.approx(term, abs=1e-6)
         assert "give the same" in tab.locator(".sum").inner_text()
-        assert result(tab, "share of the loss") == pytest.approx(term / tokens, abs=1e-6)
+        assert result(tab, "share of the group’s loss") == pytest.approx(term / tokens, abs=1e-6)
 
     # keys: Escape closes and gives the focus back, the arrow moves it, Enter opens
     tab.keyboard.press("Escape")
