@@ -350,6 +350,15 @@ def test_a_task_and_prompts_are_two_questions(capsys):
     assert "give one of them" in capsys.readouterr().err
 
 
+def test_questions_as_long_as_the_context(folder, capsys):
+    """The message names what was asked for, or the least: 0 stands for what fits."""
+    (folder / "long.py").write_text(BAD.replace('+1=', '+1=' + 'x' * 80) + "LONG = Task(sample, len)\n")
+    with pytest.raises(SystemExit):
+        cli(sample, "--policy", untrained(), "--task", "long.py:LONG")
+    message = capsys.readouterr().err
+    assert "--max_new 1 don't fit" in message and "shorter questions" in message, message
+
+
 def test_what_does_not_fit(capsys):
     for call in (lambda: cli(sft, "--data", "task:sort:9", *SFT, "--block_size", 8),
                  lambda: cli(train_grpo, *RL, "--policy", untrained(), "--task", "sort:9",
