@@ -206,7 +206,7 @@ def test_a_prompt_that_is_no_text(capsys):
     with pytest.raises(SystemExit) as stopped:
         task.rows(1, 0, held_out=False)
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and "wanted a row, prompt and answer" in said and "int" in said
+    assert stopped.value.code == 2 and "wanted text as prompt and answer" in said and "int" in said
 
 
 # ---- a nano GPT ----
