@@ -139,9 +139,10 @@ def score(model, tokens, prompt_len, temperature=1.0, pad=None, group_size=1, en
     else:
         prompt_cache = PromptCache(None if pad is None else pad[::group_size])
         first = model.hidden(tokens[::group_size, :prompt_len], cache=prompt_cache)[:, -1:]
-        cache = GroupCache(prompt_cache, group_size)
-        rest = model.hidden(tokens[:, prompt_len:-1], cache=cache)
-        hidden = torch.cat([first.repeat_interleave(group_size, 0), rest], 1)
+        hidden = first.repeat_interleave(group_size, 0)
+        if tokens.shape[1] > prompt_len + 1:  # the last token of an answer is not read
+            rest = model.hidden(tokens[:, prompt_len:-1], cache=GroupCache(prompt_cache, group_size))
+            hidden = torch.cat([hidden, rest], 1)
     logits = model.logits(hidden).float()  # (N, T, V), the largest tensor of an update
     logits = logits if temperature == 1 else logits / temperature
     logp = -F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_len:].flatten(), reduction="none")

@@ -45,8 +45,8 @@ def examine(args, policy, tokenizer):
     prompts = task.prompts(tokenizer, args.seed)[1]
     room = policy.config.block_size - prompts.tokens.shape[1]
     if room < max(1, args.max_new):
-        die(f"questions of {prompts.tokens.shape[1]} tokens + --max_new {args.max_new} don't fit the "
-            f"policy's context of {policy.config.block_size}")
+        die(f"questions of {prompts.tokens.shape[1]} tokens + --max_new {max(1, args.max_new)} don't fit the "
+            f"policy's context of {policy.config.block_size}: ask shorter questions, or lower --max_new")
     texts, reward = task.ask(policy, tokenizer, prompts, args.max_new or min(room, 64))
     verdicts = ["right" if r >= 1 else "wrong" for r in reward[:, 0]]
     rows = [{"question": question, "answer": text, "verdict": verdict}

@@ -38,7 +38,7 @@ class Task:
                 prompt, _ = row["prompt"], row["answer"]
                 eighth = hashlib.sha256(prompt.encode()).digest()[0] < 32  # everywhere the same
             except Exception as error:  # whatever the user's function raises is the user's to see
-                die(f"--task {self.name}: sample raised {describe(error)}: wanted a row, prompt and answer")
+                die(f"--task {self.name}: sample raised {describe(error)}: wanted text as prompt and answer")
             misses += 1
             if eighth == held_out and prompt not in rows:
                 rows[prompt] = row

@@ -112,6 +112,12 @@ def test_cached_equals_uncached_and_a_shared_prompt_equals_its_own(family, dtype
     close(shared, alone, tolerance)
 
 
+def test_answers_of_one_token_are_scored_with_their_prompt_read_once(folders):
+    policy, tokens = Llama.from_pretrained(folders["llama"][1]), tokens_of(4, 10)
+    tokens[1::2, :9] = tokens[::2, :9]
+    close(score(policy, tokens, 9, group_size=2)[0], score(policy, tokens, 9)[0], 1e-5)
+
+
 def test_several_new_tokens_at_once_and_fixed_shapes_agree(folders):
     """What --compile and longer reads use of the cache: T > 1, and a start that is a tensor."""
     policy, tokens = Llama.from_pretrained(folders["qwen3"][1]), tokens_of(4, 16)

@@ -102,6 +102,17 @@ def test_score_is_the_definition_in_value_entropy_and_gradient():
     close(*(torch.autograd.grad(x.sum(), model.wte.weight)[0] for x in (logp, want)), atol=1e-4)
 
 
+def test_answers_of_one_token_are_scored_with_their_prompt_read_once():
+    """--max_new 1, and samples that all stop at once: nothing of the answer is read."""
+    model, tokens = tiny(), torch.cat([prompts(2, 6).repeat_interleave(3, 0), prompts(6, 1)], 1)
+    pad = torch.tensor([2, 2, 2, 0, 0, 0])
+    with torch.autocast("cpu", torch.bfloat16):  # in float32 torch's kernel bears what is empty
+        both = score(model, tokens, 6, pad=pad), score(model, tokens, 6, 1.0, pad, 3)
+    for alone, shared in zip(*both):
+        assert shared.shape == (6, 1)
+        close(alone, shared, 0.15)
+
+
 def scripted(script):
     """A model that says `script`, whatever it reads, and notes the shapes of what it reads."""
     model, reads, script = tiny(), [], torch.tensor(script)

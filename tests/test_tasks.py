@@ -206,7 +206,7 @@ def test_a_prompt_that_is_no_text(capsys):
     with pytest.raises(SystemExit) as stopped:
         task.rows(1, 0, held_out=False)
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and "wanted a row, prompt and answer" in said and "int" in said
+    assert stopped.value.code == 2 and "wanted text as prompt and answer" in said and "int" in said
 
 
 # ---- a nano GPT ----
@@ -348,6 +348,15 @@ def test_a_task_and_prompts_are_two_questions(capsys):
     with pytest.raises(SystemExit):
         cli(train_grpo, *RL, "--policy", untrained(), "--task", "add", "--prompts", "p.jsonl")
     assert "give one of them" in capsys.readouterr().err
+
+
+def test_questions_as_long_as_the_context(folder, capsys):
+    """The message names what was asked for, or the least: 0 stands for what fits."""
+    (folder / "long.py").write_text(BAD.replace('+1=', '+1=' + 'x' * 80) + "LONG = Task(sample, len)\n")
+    with pytest.raises(SystemExit):
+        cli(sample, "--policy", untrained(), "--task", "long.py:LONG")
+    message = capsys.readouterr().err
+    assert "--max_new 1 don't fit" in message and "shorter questions" in message, message
 
 
 def test_what_does_not_fit(capsys):

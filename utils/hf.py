@@ -59,8 +59,8 @@ def find(source):
     index = "model.safetensors.index.json"
     for name in ["config.json", index if (folder / index).is_file() else "model.safetensors"]:
         if not (folder / name).is_file():
-            die(f"{folder} has no {name}: wanted a folder that transformers' save_pretrained wrote, or a "
-                "checkpoint of `python sft.py`")
+            die(f"{folder} has no {name}: wanted a folder that transformers' save_pretrained wrote, with "
+                "weights as .safetensors, or a checkpoint's file, such as out/sft/policy.pth")
     return folder
 
 
