@@ -530,9 +530,10 @@ def test_ce_has_the_same_columns_and_the_same_batches(monkeypatch):
 
 def test_a_new_start_leaves_no_gradient_for_the_first_step():
     """Else the run that makes the start would differ from the next one, which reads it from its file."""
-    model, _ = clip_model.digits_start("start", accuracy=0.9, max_steps=2)
+    model, config = clip_model.digits_start("start", accuracy=0.9, max_steps=2)
     assert all(p.grad is None for p in model.parameters())
-    again, _ = clip_model.digits_start("start", accuracy=0.9)
+    again, same_config = clip_model.digits_start("start", accuracy=0.9)
+    assert config == same_config
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 

@@ -168,4 +168,4 @@ def digits_start(folder, seed=0, accuracy=0.72, max_steps=1000):
         optimizer.zero_grad()  # no gradient is left for the run that begins with this model
     print(f"small CLIP: {step} contrastive steps, {right.float().mean():.0%} of its digits right: {path}")
     checkpoint.write(path, "clip", config=config, model=model.state_dict())
-    return model, config
+    return from_file(path)  # as the next run begins
