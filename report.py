@@ -8,6 +8,7 @@ Run: python report.py logs/grpo.csv logs/ppo.csv --output logs/report.html
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from grpo import Objective, grpo_loss
 from ppo import ppo_policy_loss
 from utils.cli import atomic_write, beside, die, parse
 from utils.figure import read_runs
-from utils.page import panels, read_record, read_samples, with_steps
+from utils.page import LARGEST, panels, read_record, read_samples, with_steps
+
+MARKS = b"script-src 'nonce-", b'{\n "runs": ['  # near the start of the page, and of --json's file
 
 
 @dataclass
@@ -36,8 +39,8 @@ class Args:
 def loss_terms(answers, loss):
     """Each token's part of the loss before the mean is taken -> [[a number a token], one list an answer].
 
-    loss: an Objective, or PPO's ε. An Objective's ratio may be one of the whole answer. So grpo_loss sees the
-    whole answer, with the advantage and the KL of all other tokens set to 0.
+    loss: an Objective, or PPO's ε. Each token is given as an answer of its own. Where the ratio is one of the
+    whole answer, grpo_loss sees it all, with the advantage and the KL of all other tokens set to 0.
     """
     def column(name):
         rows = [a[name] if isinstance(a[name], list) else [a[name]] * len(a["tokens"]) for a in answers]
@@ -47,6 +50,8 @@ def loss_terms(answers, loss):
     logp, logp_old, logp_ref, adv = map(column, ("logp", "logp_old", "logp_ref", "advantage"))
     length = torch.tensor([len(answer["tokens"]) for answer in answers])
     mask = torch.arange(logp.shape[1]) < length[:, None]  # (G, T)
+    whole = isinstance(loss, Objective) and loss.ratio == "sequence"
+    columns = [x if whole else x.view(-1, 1) for x in (logp, logp_old, logp_ref, adv, mask)]
 
     def term(logp, logp_old, logp_ref, adv, mask, token):  # (T,) each; token is True at one place
         if not isinstance(loss, Objective):
@@ -56,8 +61,9 @@ def loss_terms(answers, loss):
         return grpo_loss(*by_group, replace(loss, reduce="sum"), n_answers=1)[0]
     if not mask.any():
         return [[] for _ in answers]
-    each = torch.vmap(torch.vmap(term, (None, None, None, None, None, 0)), (0, 0, 0, 0, 0, None))
-    values = each(logp, logp_old, logp_ref, adv, mask, torch.eye(mask.shape[1], dtype=torch.bool))
+    by_token = torch.vmap(term, (None, None, None, None, None, 0), chunk_size=64)  # bounds the memory
+    each = torch.vmap(by_token, (0, 0, 0, 0, 0, None))
+    values = each(*columns, torch.eye(columns[0].shape[1], dtype=torch.bool)).view(mask.shape)
     rows = [row[:n].tolist() for row, n in zip(values, length)]
     return [[float(f"{x:.10g}") if math.isfinite(x) else None for x in row] for row in rows]
 
@@ -78,16 +84,17 @@ def loss_of(record, notes):
         max_len = int(args["max_new"])
         if "objective" in record:
             loss = Objective(**record["objective"])
-            numbers = [loss.eps_low, loss.eps_high, loss.beta, loss.tau_pos, loss.tau_neg, loss.delta or 0]
-            if all(isinstance(x, (int, float)) for x in numbers):
-                return loss, asdict(loss), max_len
-        if "value_lr" in args:
-            eps = float(args["eps"])
-            how = asdict(Objective(eps_low=eps, eps_high=eps, reduce="token"))
-            return eps, how | {"ppo": True}, max_len
-    except (KeyError, TypeError, ValueError, AssertionError):
+            how = asdict(loss)
+        else:
+            args["value_lr"]  # PPO's alone
+            loss = float(args["eps"])
+            how = asdict(Objective(eps_low=loss, eps_high=loss, reduce="token")) | {"ppo": True}
+        numbers = [how[name] or 0 for name in ("eps_low", "eps_high", "beta", "tau_pos", "tau_neg", "delta")]
+        if max_len >= 1 and all(abs(x) <= LARGEST for x in numbers):
+            return loss, how, max_len
+    except Exception:  # other records than ours raise nearly anything
         pass
-    notes.append("the record beside the CSV names no objective of grpo.py, so the page has no formula")
+    notes.append("the record beside the CSV names no finite objective of grpo.py, so the page has no formula")
     return None, None, 1
 
 
@@ -146,15 +153,20 @@ def main(args):
         die("no CSV given: python report.py logs/grpo.csv logs/ppo.csv")
     output = args.output or str(beside(args.files[0], ".html"))
     for flag, path, ending in (("output", output, ".html"), ("json", args.json, ".json")):
-        taken = {Path(beside(csv, end)).resolve() for csv in args.files for end in (".json", ".csv")}
-        if path and (Path(path).suffix != ending or Path(path).resolve() in taken):
-            die(f"--{flag} {path}: wanted a name that ends in {ending} and is no file of a run")
+        records = [beside(csv, ".json").resolve() for csv in args.files]
+        free = not os.path.isfile(path) or any(mark in Path(path).read_bytes()[:2000] for mark in MARKS)
+        if path and (Path(path).suffix != ending or Path(path).resolve() in records or not free):
+            die(f"--{flag} {path}: wanted a name that ends in {ending} and is no file of a run, nor another "
+                "file that report.py hasn't written")
     data = collected(args.files)
-    if args.json:
-        atomic_write(args.json, json.dumps(data, indent=1).encode())
-        print(args.json)
     content = page(data)
-    atomic_write(output, content)
+
+    def both(file):  # where one can't be written, there is none
+        file.write(content)
+        if args.json:
+            atomic_write(args.json, json.dumps(data, indent=1).encode())
+            print(args.json)
+    atomic_write(output, both)
     for run in data["runs"]:
         for note in run["notes"]:
             print(f"{run['name']}: {note}")

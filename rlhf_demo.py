@@ -92,7 +92,7 @@ def read_record(path):
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         return about if isinstance(about["command"], str) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -28,6 +28,14 @@ def rows(path):
     return result
 
 
+def test_a_lesson_is_a_module_too(monkeypatch):
+    """python -m lessons.02_clip_never_acts, as vision's scripts are started."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    for name in ("shared", "lessons"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert callable(runpy.run_module("lessons.02_clip_never_acts")["lesson"])
+
+
 def row(number, begin):
     path, = (ROOT / "lessons").glob(f"{number:02}_*.py")
     return next(cells for name, cells in rows(path).items() if name.startswith(begin))

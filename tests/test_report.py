@@ -137,12 +137,17 @@ def test_resumed_samples_are_those_of_the_run_that_never_stopped(name, call, mon
 
 
 def test_samples_of_another_tool_end_a_resume(capsys):
+    """Nothing is written then; a new start in the run's place doesn't read them."""
     run("grpo", "--steps", 2)
-    Path("grpo.samples.jsonl").write_text('{"prompt": "mine"}\n')
-    with pytest.raises(SystemExit) as left:
-        run("grpo", "--steps", 3, "--resume")
-    assert left.value.code == 2 and "grpo.samples.jsonl" in capsys.readouterr().err
-    assert Path("grpo.samples.jsonl").read_text() == '{"prompt": "mine"}\n'
+    before = Path("grpo.csv").read_bytes()
+    for text in ('{"prompt": "mine"}\n', "[" * 100_000 + "\n"):
+        Path("grpo.samples.jsonl").write_text(text)
+        with pytest.raises(SystemExit) as left:
+            run("grpo", "--steps", 3, "--resume")
+        guard.release()
+        assert left.value.code == 2 and "grpo.samples.jsonl" in capsys.readouterr().err
+        assert Path("grpo.samples.jsonl").read_text() == text and Path("grpo.csv").read_bytes() == before
+    assert [e["step"] for e in lines(run("grpo", "--steps", 1, "--overwrite"))] == [0, 1]
 
 
 def test_a_new_start_treats_samples_as_it_treats_the_csv(capsys):
@@ -305,7 +310,7 @@ def test_a_file_torn_by_a_kill_gives_its_whole_rows(capsys):
     assert "a.csv ends within a line" in Path("a.html").read_text()
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", "7", "not JSON", '{"step": 0, "prompts": []}',
+@pytest.mark.parametrize("line", ["{}", "[]", "7", "not JSON", "[" * 100_000, '{"step": 0, "prompts": []}',
                                   '{"step": 0, "prompts": [{"prompt": "a"}]}',
                                   '{"step": 0, "prompts": [{"prompt": "a", "answers": [{"text": "x"}]}]}'])
 def test_samples_of_another_tool_are_one_line(line, capsys):
@@ -316,7 +321,8 @@ def test_samples_of_another_tool_are_one_line(line, capsys):
 
 @pytest.mark.parametrize("change", [{"logp": [0.0]}, {"tokens": 3}, {"advantage": "x"}, {"entropy": None},
                                     {"reward": None}, {"reward": 1e999}, {"text": 4},
-                                    {"logp_ref": ["a"] * 6}])
+                                    {"logp_ref": ["a"] * 6}, {"logp": [10**400] * 6}, {"reward": 10**400},
+                                    {"decoded": [1] * 6}, {"tokens": "abcdef"}, {"tokens": [None] * 6}])
 def test_damaged_samples_are_one_line(change, capsys):
     answers = made_up()
     answers[0] |= change
@@ -348,6 +354,55 @@ def test_a_record_that_is_missing_or_strange_leaves_the_formula_out(record):
     assert data["samples"][0]["objective"] is None and data["runs"][0]["notes"]
 
 
+def data_of(path):
+    """The page's data, read as strictly as a browser reads them."""
+    text = re.search(r'id="data">(.+?)</script>', Path(path).read_text(), re.DOTALL)[1]
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"no browser reads {name}"))
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, '{"x": 1e999}', '{"args": {"max_new": 1e999}, "objective": {}}',
+    '{"args": {"max_new": 9}, "objective": {"eps_high": 1e999}}', '{"args": {"max_new": 0}, "objective": {}}',
+    '{"args": {"max_new": 9}, "objective": {"eps_low": ' + "9" * 400 + "}}",
+    '{"args": {"max_new": 9, "eps": Infinity, "value_lr": 1}}'])  # --eps inf is PPO without a clip
+def test_a_record_beyond_floats_leaves_the_formula_out(text):
+    write_run("a", made_up())
+    Path("a.json").write_text(text)
+    make("a.csv")
+    data = data_of("a.html")
+    assert data["samples"][0]["objective"] is None and data["runs"][0]["notes"]
+
+
+def test_a_word_or_an_enormous_number_leaves_no_curve_out_but_its_own():
+    Path("a.csv").write_text("step,loss,kl,note\n1234567,1,1e308,a\n1234568,2,-1e308,3\n")
+    make("a.csv")
+    panel, = data_of("a.html")["panels"]
+    assert panel["metric"] == "loss" and panel["lines"][0]["x"] == [1234567, 1234568]
+
+
+def test_a_message_about_a_file_of_another_kind_is_short(capsys):
+    Path("a.txt").write_text("word" * 100_000 + ",b\n1,2\n")
+    assert len(refused(capsys, "a.txt")) < 1600
+    write_run("a", made_up(), record_of(OBJECTIVES["grpo"]))
+    for name in ("a.samples.jsonl", "page.html"):
+        Path("page.html").write_text("<p>a,b\n" * 3)
+        assert "holds no table" in refused(capsys, name, "--output", "new.html")
+
+
+def test_a_long_answer_is_worked_out_token_by_token(monkeypatch):
+    """Else time and memory grow with the square of its length: 0.9 s a group at 1,024 tokens."""
+    sizes = set()
+
+    def noted(logp, *rest, **more):
+        sizes.add(logp.shape[-1])
+        return grpo_loss(logp, *rest, **more)
+    monkeypatch.setattr(report, "grpo_loss", noted)
+    report.loss_terms(made_up(T=50), OBJECTIVES["dapo"])
+    assert sizes == {1}
+    report.loss_terms(made_up(T=50), OBJECTIVES["gspo"])  # whose ratio is one of the whole answer
+    assert sizes == {1, 50}
+
+
 def test_ten_runs_and_many_evaluations():
     for i in range(10):
         write_run(f"run{i}x", made_up(i), record_of(OBJECTIVES["grpo"]), evaluations=range(0, 200, 2))
@@ -362,6 +417,20 @@ def test_no_file_of_a_run_is_overwritten(capsys):
     write_run("a", made_up(), record_of(OBJECTIVES["grpo"]))
     for words in (["--output", "a.csv"], ["--json", "a.json"], ["--output", "page.txt"]):
         assert words[1] in refused(capsys, "a.csv", *words)
+
+
+def test_no_other_file_is_overwritten_and_none_is_left_alone(capsys):
+    write_run("a")
+    write_run("b", made_up(), record_of(OBJECTIVES["grpo"]))
+    Path("thesis.html").write_text("<title>My thesis</title>")
+    Path("link.html").symlink_to("b.samples.jsonl")
+    for words in (["--json", "b.json"], ["--output", "thesis.html"], ["--output", "link.html"],
+                  ["--output", "a.csv/page.html", "--json", "data.json"]):
+        before = {path: path.read_bytes() for path in Path().iterdir()}
+        assert words[1] in refused(capsys, "a.csv", *words)
+        assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    for _ in range(2):  # its own are replaced
+        make("a.csv", "--output", "page.html", "--json", "data.json")
 
 
 def test_hostile_text_stays_within_the_data():
@@ -534,6 +603,22 @@ def test_hostile_text_is_shown_and_never_run(opened):
     tab.locator("#card-0-0 .token").first.click()
     assert HOSTILE in tab.locator(".sum").inner_text() and tab.evaluate("window.broken") is None
     assert HOSTILE in tab.locator("#runs ~ p code").inner_text()
+
+
+def test_numbers_that_are_missing_or_many_or_large(opened):
+    answers = made_up()
+    answers[0]["logp_ref"][0] = None
+    write_run("a", answers, record_of(OBJECTIVES["grpo"]))
+    Path("b.csv").write_text("step,loss\n1e20,1\n")
+    make("a.csv", "b.csv", "--output", "page.html")
+    tab = opened("page.html")
+    for colour in ("KL", "change"):
+        tab.locator("#colours label", has_text=colour).click()
+        assert tab.locator("#card-0-0 .token").first.get_attribute("title").endswith(" –")
+    assert tab.evaluate("greatest(Array(300000).fill(-2)) - least(Array(300000).fill(3))") == -5
+    assert "Math.max(..." not in Path("page.html").read_text()  # a call takes no 100,000 arguments
+    make("b.csv", "--output", "large.html")
+    assert "NaN" not in opened("large.html").locator("#first").inner_html()
 
 
 def test_a_page_of_curves_alone_opens(opened):

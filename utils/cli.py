@@ -21,7 +21,8 @@ INPUTS = {}  # {what was read: its SHA-256} since parse(), by guard.py
 
 def die(message):
     """Says what was wrong, what was wanted and what to do, on stderr in one line; exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    long = len(message) > 1500  # it quotes a file whose first line is a megabyte
+    print(f"error: {message[:1000]} … {message[-300:]}" if long else f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -74,7 +74,8 @@ def read_csv(path):
         content = Path(path).read_bytes()
         text = content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
                               else "utf-8-sig")
-        lines = [line for line in text.splitlines() if line and not line.startswith("#{")]  # a tool's notes
+        lines = [line for line in text.splitlines() if line and not line.startswith(("#{", "{", "<"))]
+        # a tool's notes are left out; JSON lines and HTML are no table, however many commas they have
         sep = max(",;\t", key=lines[0].count) if lines else ","
         decimal = "," if sep == ";" and "," in "".join(lines[1:]) else "."
         if len(lines) > 3 and text[-1] not in "\r\n":  # a kill or a full disk has torn it

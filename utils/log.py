@@ -29,11 +29,11 @@ class Log:
         self.tracker = open_tracker(track, self.path, args and vars(args))  # it can fail: before the CSV
         rows = self.former(start) if start and self.path.is_file() else []
         lines = [",".join(row.get(name) or "" for name in self.columns) for row in rows]
+        if start < total:
+            cut(beside(self.path, ".samples.jsonl"), start)  # it can refuse a resume: before the CSV
         atomic_write(self.path, "".join(f"{line}\n" for line in [",".join(self.columns), *lines]).encode())
         with writing(self.path):
             self.file = open(self.path, "a")
-        if start < total:
-            cut(beside(self.path, ".samples.jsonl"), start)
         if sys.stdout.isatty() and not os.environ.get("CI"):
             from rich.progress import Progress
             self.bar = Progress(*Progress.get_default_columns(), "{task.completed} {task.fields[info]}")
@@ -79,9 +79,9 @@ def cut(path, start):
     if not path.is_file():
         return
     try:  # a kill may have torn the last line
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if start else []
         kept = [line for line in lines if json.loads(line)["step"] < start]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         die(f"--resume: {path} holds no samples of a run ({type(error).__name__}): move it away")
     if kept:
         atomic_write(path, "".join(f"{line}\n" for line in kept).encode())

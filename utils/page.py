@@ -4,8 +4,6 @@ Left out: how it looks, which is in report.html beside this file.
 """
 import json
 
-import torch
-
 from utils.cli import die
 from utils.figure import GRID, LABELS, band, collect
 
@@ -15,6 +13,7 @@ COUNTS = {*STEPS, "samples", "tokens", "seconds", "peak_mem_mb", "tokens_per_s"}
 EVALUATIONS = 40  # at most on a page
 POINTS = 400  # of a curve at most
 PER_TOKEN = ("logp", "logp_old", "logp_ref", "entropy")  # lists of an answer
+LARGEST = 1e150  # of a curve or a sample: the square of it still fits
 
 
 # ---- curves ----
@@ -30,15 +29,15 @@ def panels(runs):
             several = len(curves) > 1
             x, y, std = band(curves) if several else (*curves[0], None)
             kept = slice(None, None, -(-len(x) // POINTS) or 1)
-            lines.append({"run": names.index(name), "x": short(x[kept]), "y": short(y[kept]),
+            lines.append({"run": names.index(name), "x": short(x[kept], 12), "y": short(y[kept]),
                           "std": short(std[kept]) if several else None})
         result.append({"metric": metric, "label": LABELS.get(metric, metric), "first": metric in FIRST,
                        "lines": lines})
     return result
 
 
-def short(values):
-    return [float(f"{value:.6g}") for value in values]
+def short(values, digits=6):
+    return [float(f"{value:.{digits}g}") for value in values]
 
 
 def with_steps(runs):
@@ -49,7 +48,8 @@ def with_steps(runs):
             if name is None:
                 die(f"{frame.attrs['path']} has no column {', '.join(STEPS[:-1])} or {STEPS[-1]}; it has: "
                     f"{', '.join(frame)}. Wanted the CSV of a run")
-            frames[i] = frame.rename(columns={name: "step"})
+            words = {column for column, cells in frame.attrs["words"].items() if cells} - {name, *FIRST}
+            frames[i] = frame.where(frame.abs() <= LARGEST).drop(columns=words).rename(columns={name: "step"})
             frames[i].attrs = frame.attrs
     return runs
 
@@ -58,9 +58,10 @@ def with_steps(runs):
 def read_record(path, notes):
     try:
         record = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)  # inf
+        json.dumps(record, allow_nan=False)  # 1e999 is inf, too, and no browser reads that
         if isinstance(record, dict) and isinstance(record.get("args", {}), dict):
             return record
-    except (OSError, ValueError):
+    except Exception:  # a damaged file raises nearly anything, RecursionError included
         pass
     notes.append(f"no record of a run at {path.name}: arguments and commit are unknown")
     return {}
@@ -78,7 +79,7 @@ def read_samples(path, notes):
     for number, line in enumerate(lines, 1):
         try:
             evaluations.append(checked(json.loads(line, parse_constant=lambda name: None)))
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # other JSON than ours raises nearly anything
             die(f"{path}, line {number}: not the samples of a run ({type(error).__name__}: {error}): move it "
                 "away, and the report has the curves alone")
     if len(evaluations) > EVALUATIONS:
@@ -89,19 +90,21 @@ def read_samples(path, notes):
 
 
 def checked(line):
-    """The line, if it has what the page shows; else ValueError, KeyError or TypeError."""
-    step = float(line["step"])
+    """The line, if it has what the page shows; else an error."""
+    step = line["step"]
     answers = [answer for prompt in line["prompts"] for answer in prompt["answers"]]
     for answer in answers:
         n = len(answer["tokens"])
         adv = answer["advantage"] if isinstance(answer["advantage"], list) else [answer["advantage"]] * n
         lists = [answer["decoded"], adv, *(answer[name] for name in PER_TOKEN)]
-        if {len(values) for values in lists} != {n} or not isinstance(answer["text"], str):
-            raise ValueError(f"step {step:g}: an answer's lists differ in length")
+        if {len(values) for values in lists} != {n}:
+            raise ValueError("an answer's lists differ in length")
         numbers = [x for values in lists[1:] for x in values if x is not None]
-        if not torch.tensor([step, answer["reward"], *numbers], dtype=torch.float64).isfinite().all():
-            raise ValueError(f"step {step:g}: a number is too large")
+        if not all(abs(x) <= LARGEST for x in [step, answer["reward"], *answer["tokens"], *numbers]):
+            raise ValueError("a number is too large")
+        if not all(isinstance(text, str) for text in [answer["text"], *answer["decoded"]]):
+            raise ValueError("an answer or a token is no text")
     whole = all(prompt["answers"] and isinstance(prompt["prompt"], str) for prompt in line["prompts"])
     if not answers or not whole:
-        raise ValueError(f"step {step:g}: no prompt with answers")
+        raise ValueError("no prompt with answers")
     return line
