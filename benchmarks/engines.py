@@ -149,7 +149,7 @@ def run(script, folder, work, dtype, timers=contextlib.nullcontext, **more):
 
 def run_ours(folder, work, dtype, compiled=False, phases=False):
     timers = phase_timers if phases else contextlib.nullcontext
-    return run(train_grpo, folder, work, dtype, timers, compile=compiled)
+    return run(train_grpo, folder, work, dtype, timers, compile=compiled, samples=0)
 
 
 def run_trl(folder, work, dtype):

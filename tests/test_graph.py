@@ -28,7 +28,7 @@ def test_fixed_buffers_decode_as_the_eager_step_does(kind, padded, device):
     """The same tokens, masks and log-probabilities over two lengths of the buffer; buffers are used twice."""
     model = make(kind).to(device)
     graph = DecodeGraph(model)
-    for seed in (1, 2):
+    for seed in (1, 3):  # with 2 a number lies 3e-8 beside a boundary: some CPUs draw the neighbour
         g = torch.Generator().manual_seed(seed)
         prompt = torch.randint(50, (3, 7), generator=g).to(device)
         pad = torch.tensor([0, 2, 5], device=device) if padded else None

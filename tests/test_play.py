@@ -1,7 +1,10 @@
 """lessons/play.py, the marimo notebook: its numbers against grpo.py, an export, a run without marimo."""
+import importlib.util
+import os
 import re
 import subprocess
 import sys
+import traceback
 
 import pytest
 from helpers import ROOT, environment
@@ -15,6 +18,23 @@ real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "marimo" else real(name, *rest)
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
+
+
+needs_marimo = pytest.mark.skipif(importlib.util.find_spec("marimo") is None, reason="needs marimo")
+
+
+def forked(check):
+    """Runs check() in a copy of this process: one that has imported marimo is a notebook to transformers."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            check()
+            code = 0
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
+        os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def export(source, folder):
@@ -41,11 +61,13 @@ def test_the_extra_that_it_names_brings_marimo():
     assert re.search(r'^notebook = \["marimo>=', text, re.MULTILINE)
 
 
+@needs_marimo
 @pytest.mark.slow
-def test_its_numbers_are_grpos(monkeypatch, capsys):
-    pytest.importorskip("marimo")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    import importlib.util
+def test_its_numbers_are_grpos(capsys):
+    forked(lambda: check_its_numbers(capsys))
+
+
+def check_its_numbers(capsys):
     spec = importlib.util.spec_from_file_location("play", NOTEBOOK)
     play = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(play)
@@ -69,9 +91,9 @@ def test_its_numbers_are_grpos(monkeypatch, capsys):
     assert len(found["history"]) == 3 and 0.2 < found["history"][0]["reward"] < 0.5
 
 
+@needs_marimo
 @pytest.mark.slow
 def test_its_export_has_the_outputs_and_no_error(tmp_path):
-    pytest.importorskip("marimo")
     done, file = export(NOTEBOOK.read_text(encoding="utf-8"), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     page = re.sub(r"\\u003C/?strong\\u003E", "", file.read_text(encoding="utf-8"), flags=re.IGNORECASE)
@@ -81,10 +103,10 @@ def test_its_export_has_the_outputs_and_no_error(tmp_path):
     assert re.search(r"Step 3: mean reward 0\.\d{3}, KL 0\.\d{3}", page)
 
 
+@needs_marimo
 @pytest.mark.slow
 def test_an_export_of_a_cell_that_raises_is_refused(tmp_path):
     """What the test above leans on."""
-    pytest.importorskip("marimo")
     source = NOTEBOOK.read_text(encoding="utf-8")
     head, tail = source[:source.index("@app.cell")], source[source.rindex("\n\nif __name__"):]
     broken = f"{head}@app.cell\ndef _():\n    1 / 0\n    return\n{tail}"

@@ -60,7 +60,7 @@ def find(source):
     for name in ["config.json", index if (folder / index).is_file() else "model.safetensors"]:
         if not (folder / name).is_file():
             die(f"{folder} has no {name}: wanted a folder that transformers' save_pretrained wrote, with "
-                "weights as .safetensors, or a checkpoint's file, such as out/sft/policy.pth")
+                "weights as .safetensors, or a file of `python sft.py`, such as out/sft/policy.pth")
     return folder
 
 
