@@ -449,7 +449,8 @@ def test_a_signal_whose_exception_gets_lost(where):
 def test_a_run_that_was_killed_before_it_saved(capsys):
     """What is half-written goes, another run's stays; the refusal names the way that is open."""
     Path("out").mkdir()
-    torn = ["out/.state.pth.12.tmp", ".log.csv.12.tmp", ".log.json.12.tmp", "out/.0000003.tmp/run.pth"]
+    torn = ["out/.state.pth.12.tmp", ".log.csv.12.tmp", ".log.json.12.tmp", "out/.0000003.tmp/run.pth",
+            ".log.png.12.tmp", ".log_images.png.12.tmp", ".log.samples.jsonl.12.tmp"]
     for name in (*torn, ".other.csv.12.tmp", "out/.mine.tmp"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("")

@@ -52,8 +52,9 @@ def lock(out, log):
         file.flush()
         LOCKS[place] = file
     torn = [] if rank() else list(Path(out).glob(".*[0-9].tmp"))
-    for name in (Path(log).name, beside(log, ".json").name, beside(log, ".samples.jsonl").name):
-        torn += [] if rank() else Path(log).parent.glob(f".{name}.*[0-9].tmp")
+    beside_log = [beside(log, ending) for ending in (".json", ".samples.jsonl", ".png", "_images.png")]
+    for path in () if rank() else (Path(log), *beside_log):
+        torn += path.parent.glob(f".{path.name}.*[0-9].tmp")
     for path in torn:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
