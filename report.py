@@ -92,8 +92,8 @@ def loss_of(record, notes):
         numbers = [how[name] or 0 for name in ("eps_low", "eps_high", "beta", "tau_pos", "tau_neg", "delta")]
         if max_len >= 1 and all(abs(x) <= LARGEST for x in numbers):
             return loss, how, max_len
-    except Exception:  # other records than ours raise nearly anything
-        pass
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # a record of another kind
+        pass  # as one that is not finite: the note says so
     notes.append("the record beside the CSV names no finite objective of grpo.py, so the page has no formula")
     return None, None, 1
 
