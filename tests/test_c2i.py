@@ -230,6 +230,15 @@ def test_a_resume_refuses_other_weights(llamagen, capsys):
     refused(capsys, *words, "--steps", 2, "--resume", said="file vq.pt has changed")
 
 
+def test_a_resume_notices_that_a_start_of_its_own_making_was_made_again(capsys):
+    words = [*SOME, "--save-every", 1, "--steps", 1, "--out", "made"]
+    cli(c2i_grpo, *words)  # it trains its starts itself: nothing of them is in `made` before
+    content = torch.load("made/digits/reward-s0.pth", weights_only=True)
+    next(iter(content["model"].values())).add_(1)
+    torch.save(content, "made/digits/reward-s0.pth")
+    refused(capsys, *words, "--steps", 2, "--resume", said="reward made/digits/reward-s0.pth has changed")
+
+
 def test_a_resume_refuses_other_arguments(capsys):
     run("--save-every", 1, "--steps", 1)
     refused(capsys, *SOME, "--resume", "--lr", 1, said="began with lr 0.003, not 1.0")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from utils import checkpoint, dist
+from utils import checkpoint, dist, guard
 from utils.cli import atomic_write, die, need
 from utils.rewards import checked, load_reward
 from vision.c2i.data import digits
@@ -141,6 +141,7 @@ def fit(args, name, model, steps, loss):
         optimizer.step()
         optimizer.zero_grad()
     checkpoint.write(path, name, made_of=made_of, model=model.state_dict())
+    guard.note(f"{name} {path}", path)  # as a run notes it that reads the file
 
 
 @torch.no_grad()
