@@ -374,6 +374,9 @@ def test_a_folder_without_test_is_split_by_class(folder, capsys):
 
 
 def test_a_folder_that_is_too_small_to_split(folder, capsys):
+    for part in ("train", "val"):
+        coco(folder / "c" / part, [("a.png", 40, 20)], [(0, [4, 5, 10, 10])])
+    refused(capsys, lambda: load_regions("box", str(folder / "c"), 16), "c has no test/", "its 1 validation")
     for classes, n in ((("a", "b"), 1), (("a", "b", "c"), 1)):
         root = tree(folder / f"d{len(classes)}", classes=classes, n=n)
         refused(capsys, lambda: load_classes(str(root), 8), f"its {len(classes)} validation images", "test/")
@@ -559,7 +562,7 @@ def test_names_of_classes(folder, capsys):
     root = tree(folder / "a", ("train",), (composed, "zoo"))
     tree(folder / "a", ("val",), (apart, "zoo"))
     found = load_classes(str(root), 8)
-    assert found.classes == [composed, "zoo"] and found.val.targets == [0] * 3 + [1] * 3
+    assert found.classes == [composed, "zoo"] and [int(y) for y in found.train.targets] == [0] * 3 + [1] * 3
     for i, pair in enumerate((("Cat", "cat"), ("hot_dog", "hot dog"), (composed, apart), ("a_b", "A B"))):
         root = tree(folder / f"b{i}", classes=pair)
         refused(capsys, lambda: load_classes(str(root), 8), "rename one")
@@ -579,7 +582,7 @@ def coco(folder, images, annotations, **size):
 
 
 def test_coco_boxes_are_scaled_and_the_largest_counts(folder):
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         coco(folder / "d" / part, [("a.png", 40, 20), ("b.png", 10, 30), ("empty.png", 8, 8)],
              [(0, [4, 5, 10, 10]), (0, [20, 5, 10, 11]), (0, [0, 0, 3, 4]), (1, [2.5, 6, 5, 15])])
     found = load_regions("box", str(folder / "d"), 16)
@@ -591,7 +594,7 @@ def test_coco_boxes_are_scaled_and_the_largest_counts(folder):
 
 
 def test_crowds_and_boxes_without_area_are_left_out(folder, capsys):
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         content = coco(folder / "d" / part, [("a.png", 40, 20), ("b.png", 40, 20)],
                        [(0, [4, 5, 10, 10]), (0, [0, 0, 40, 20]), (0, [1, 1, 9, 0]), (1, [0, 0, 40, 20])])
         for i in (1, 3):
@@ -605,12 +608,12 @@ def test_crowds_and_boxes_without_area_are_left_out(folder, capsys):
 
 
 def test_sizes_of_the_json_and_of_the_file_must_agree(folder, capsys):
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         coco(folder / "d" / part, [("a.png", 40, 20)], [(0, [4, 5, 10, 10])])
         noise(0, 20, 40).save(folder / "d" / part / "a.png")
     train = load_regions("box", str(folder / "d"), 16).train
     refused(capsys, lambda: seen(train, 1), "a.png", "(20, 40)", "(40.0, 20.0)")
-    for part in ("train", "val"):  # a file that is shown lying: then they agree
+    for part in ("train", "val", "test"):  # a file that is shown lying: then they agree
         noise(0, 20, 40).save(folder / "d" / part / "a.png", exif=exif(6))
     assert train[0][1].tolist() == pytest.approx([0.1, 0.25, 0.35, 0.75])
 
@@ -633,7 +636,7 @@ def test_boxes_in_another_unit_or_order_are_named(n, low, high, size, says, caps
 
 
 def test_coco_boxes_that_look_like_corners_are_named(folder, capsys):
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         coco(folder / "d" / part, [("a.png", 400, 400)],
              [(0, [i + 1, i + 2, i + 40, i + 50]) for i in range(12)])
     load_regions("box", str(folder / "d"), 16)
@@ -644,7 +647,7 @@ def test_an_image_is_squeezed_with_its_box(folder):
     """A bright rectangle on black: its box must be where the bright pixels are after the resize."""
     canvas = np.zeros((20, 80, 3), dtype=np.uint8)
     canvas[5:15, 40:60] = 255
-    for part in ("train", "eval"):
+    for part in ("train", "eval", "test"):
         coco(folder / "d" / part, [("a.png", 80, 20)], [(0, [40, 5, 20, 10])])
         Image.fromarray(canvas).save(folder / "d" / part / "a.png")
         Image.fromarray(canvas[:, :, 0]).save(folder / "d" / part / "a_mask.png")
@@ -659,7 +662,7 @@ def test_an_image_is_squeezed_with_its_box(folder):
 
 def test_pictures_of_ones_own_regions_are_shown_as_they_are(folder):
     """`normalised` must say what was done to the images: the report undoes it for the picture."""
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         coco(folder / "d" / part, [("a.png", 8, 8)], [(0, [1, 1, 4, 4])])
     found = load_regions("box", str(folder / "d"), 8)
     image = found.train[0][0]
@@ -704,7 +707,7 @@ def test_coco_that_is_refused(folder, capsys):
 @pytest.mark.parametrize("change, box", [({"file_name": None}, [1, 1, 2, 2]), ({"width": 0}, [0, 1, 0.5, 2])])
 def test_coco_with_odd_images_is_refused(change, box, folder, capsys):
     content = {}
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         content = coco(folder / "d" / part, [("a.png", 40, 20)], [(0, box)])
         content["images"][0].update(change)
         if change.get("file_name", "") is None:
@@ -714,7 +717,7 @@ def test_coco_with_odd_images_is_refused(change, box, folder, capsys):
 
 
 def test_masks_beside_images(folder, capsys):
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         (folder / "d" / part).mkdir(parents=True)
         for i in range(2):
             noise(i).save(folder / "d" / part / f"{i}.jpg")
@@ -803,7 +806,7 @@ def test_cifar100_from_its_files(folder, monkeypatch):
     assert [len(part) for part in names] == [len(raw[0]) - len(raw[0]) // 10, len(raw[0]) // 10, len(raw[1])]
     for part in parts_of(found):
         for image, label, name in (part[0], part[-1]):
-            i, wanted = int(name.split("/")[2]), raw["test" in name]
+            i, wanted = int(name.split("/")[2]), raw[int("test" in name)]
             assert torch.equal((image * 255).round().byte(), torch.tensor(wanted[i])) and label == 99 - i
     images, labels, names = next(batches(load_classes("cifar100", 48).train, 4))
     assert images.shape == (4, 3, 48, 48) and images.min() < 0 and len(set(names)) == 4
