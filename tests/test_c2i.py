@@ -526,14 +526,15 @@ def test_diversity_and_accuracy_by_hand():
 
 
 def test_a_judge_shares_neither_digits_nor_architecture_with_the_reward():
-    args, _ = c2i_models.resolve(c2i_grpo.Args(out="checkpoints", vq_steps=4, gpt_steps=6, classifier_steps=6))
+    few = {"vq_steps": 4, "gpt_steps": 6, "classifier_steps": 6}
+    args, _ = c2i_models.resolve(c2i_grpo.Args(out="checkpoints", **few))
     vq, gpt, classifier, judges = c2i_models.load_models(args, True, torch.device("cpu"))
     names = [name for split in ("train", "val", "test") for name in c2i_data.digits(8, 0, split).names]
     assert len(set(names)) == len(names) == 1797
     kinds = {type(module) for module in classifier.modules()}
     for (judge, own), split in zip(judges, ("val", "test")):
         assert torch.equal(own, (c2i_data.digits(8, 0, split).images + 1) / 2)
-        assert torch.nn.Conv2d in kinds and torch.nn.Conv2d not in {type(module) for module in judge.modules()}
+        assert torch.nn.Conv2d in kinds - {type(module) for module in judge.modules()}
     assert c2i_data.load_data(args, True, 16).names == c2i_data.digits(8, 0).names  # what GRPO learns from
 
 

@@ -150,7 +150,8 @@ def fit(args, name, model, steps, n, loss):
     """Trains a model of the digits. OUT/digits/NAME-s{seed}.pth keeps it for runs with equal flags."""
     path = Path(args.out) / "digits" / f"{name}-s{args.seed}.pth"
     made_of = {k: getattr(args, k) for k in ("image_size", "codebook_size", "codebook_embed_dim", "vq_model",
-                                            "vq_steps", "gpt_model", "gpt_steps", "classifier_steps")} | {"n": n}
+                                            "vq_steps", "gpt_model", "gpt_steps", "classifier_steps")}
+    made_of["images"] = n
     content = checkpoint.load(path, name, "python -m vision.c2i_grpo", ("made_of",)) if path.is_file() else {}
     if content.get("made_of") == made_of:
         model.load_state_dict(content["model"])
