@@ -67,7 +67,7 @@ SWEEPS = {
 
 @dataclass
 class Args:
-    kind: tyro.conf.Positional[Literal[tuple(SWEEPS)]]  # which table
+    kind: tyro.conf.Positional[Literal[tuple(SWEEPS)]] = "cnn"  # which table
     methods: tuple[str, ...] = ()  # some of its methods; none: all
     seeds: Annotated[int | None, AtLeast(1)] = None  # 0 … seeds − 1; None: the table's own number
     more: str = ""  # flags for every run, such as "--steps 3"
@@ -123,7 +123,7 @@ def paired(first, second):
     difference = np.array(first) - np.array(second)
     flipped = np.array(list(itertools.product((1, -1), repeat=len(difference)))) @ difference
     std = difference.std(ddof=1)
-    t = difference.mean() / (std / len(difference) ** 0.5) if std else float("nan")
+    t = difference.mean() / (std / len(difference) ** 0.5) if std > 1e-12 else float("nan")
     return difference.mean(), std, t, (abs(flipped) >= abs(difference.sum()) - 1e-12).mean()
 
 
@@ -158,7 +158,7 @@ def main(args):
                             "flags": kind.methods[name][1][trial],
                             "validation": float(rows_of(log)[-1][kind.metric])}
                            for (name, trial, seed), log in log_of.items()])
-    best = trials.loc[trials.groupby(["method", "seed"], sort=False)["validation"].idxmax()]
+    best = trials.loc[trials.groupby(["method", "seed"])["validation"].idxmax()]
     trials["chosen"] = trials.index.isin(best.index).astype(int)
     folder = Path(args.out, "clip" if args.kind == "clip_weak" else args.kind)
     ending = "_weak" if args.kind == "clip_weak" else ""

@@ -23,7 +23,6 @@ from vision.c2i.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig
 from vision.c2i.sampling import check_sampling
 from vision.c2i.vq import VQS, VQConfig, VQModel, load_official
 
-TESTED = ["accuracy", "frechet"]  # by the judge of the test, at the end of a run
 GPTS = {**IMAGE_GPTS, "digits": ImageGPTConfig(64, 3, 4, 64, 16, 10, multiple_of=32)}
 TOKENIZERS = {**VQS, "digits": VQConfig(16, (1, 2), 32, 64, 4)}
 # A field of Args that is None gets its value here: LlamaGen's, or the digits'.
@@ -245,11 +244,11 @@ def report(args, log, steps, before, after, judges, **record):
     if judges:
         val, device = digits(args.image_size, args.seed, "val"), after[1].device
         labels = torch.arange(10, device=device).repeat_interleave(args.eval_images)
-        rows = {"before": before[0], "after": after[0]}
-        rows |= {f"test, {name}": judged(images, labels, *judges[1]) for name, (_, images) in
-                 (("before", before), ("after", after))}
-        rows["test, real digits"] = judged(judges[0][1], val.targets.to(device), *judges[1])
-        log.write(step=steps, **after[0], **{f"test_{name}": rows["test, after"][name] for name in TESTED})
+        tested = judged(after[1], labels, *judges[1])
+        rows = {"before": before[0], "after": after[0],
+                "test, before": judged(before[1], labels, *judges[1]), "test, after": tested,
+                "test, real digits": judged(judges[0][1], val.targets.to(device), *judges[1])}
+        log.write(step=steps, **after[0], test_accuracy=tested["accuracy"], test_frechet=tested["frechet"])
         write_run_record(args.log, args, **record, measured=rows)
         print(f"{'':18}{'accuracy':>10}{'diversity':>11}{'Fréchet':>9}")
         for name, row in rows.items():
