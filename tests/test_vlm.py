@@ -433,7 +433,7 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(start, engine, monkey
     words = ["--model", start, "--engine", engine, "--data", user_file(12), "--reward", "mine.py:share_of_e"]
     whole = run(*words, "--out", "out/whole", log="whole.csv")
     assert len(whole) == 4 and whole[3]["accuracy"] and not whole[3]["loss"]
-    monkeypatch.setenv("KILL_AT_CALL", "3")  # before: an evaluation, at step 0 another
+    monkeypatch.setenv("KILL_AT_CALL", "4")  # before: two evaluations, at step 0 another
     monkeypatch.setenv("KILL_WITH", "SIGINT")
     with pytest.raises(SystemExit) as caught:
         run(*words, log="parts.csv")

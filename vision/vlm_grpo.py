@@ -126,11 +126,10 @@ class Progress:
                        **self.measures, unparsed=self.scorer.unparsed, peak_mem_mb=peak_mem_mb(self.device))
 
     def save(self, step, **parts):
-        if rank():  # rank 0 writes for all
-            return
-        checkpoint.write(f"{self.args.out}/state.pth", "state", step=step, seconds=self.seconds,
-                         args=asdict(self.args), inputs=dict(INPUTS),
-                         **{name: part.state_dict() for name, part in parts.items()})
+        if not rank():  # rank 0 writes for all
+            checkpoint.write(f"{self.args.out}/state.pth", "state", step=step, seconds=self.seconds,
+                             args=asdict(self.args), inputs=dict(INPUTS),
+                             **{name: part.state_dict() for name, part in parts.items()})
 
     def evaluate(self, model, examples):
         """Greedy answers to examples -> {accuracy, eval_r, eval_unparsed}, their texts."""
@@ -291,10 +290,9 @@ def main(args):
     guard.release()
     write_run_record(args.log, args, **record, after=after, test_before=test_before, test_after=test_after)
     draw(f"{stem}_images.png", test[:10], {"before": first_texts, "after": last_texts})
-    for name, n, one, two in (("validation", len(held_out), before, after),
-                              ("the test", len(test), test_before, test_after)):
+    for part, one, two in ((held_out, before, after), (test, test_before, test_after)):
         gains = ", ".join(f"{key} {one[key]:.3f} -> {two[key]:.3f}" for key in ("accuracy", "eval_r"))
-        print(f"{n} examples of {name}, greedy: {gains}")
+        print(f"{len(part)} examples of {'the test' if part is test else 'validation'}, greedy: {gains}")
     print(f"{progress.seconds:.0f} s of training; wrote {args.log}, {stem}_images.png, {args.out}/final")
 
 
