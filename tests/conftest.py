@@ -31,8 +31,6 @@ def undrawn(request, monkeypatch):
         Path(path).write_bytes(b"")
         return path
     monkeypatch.setattr(figure, "plot_panels", lambda files, metrics, output, **_: touched(output))
-    if of_c2i := sys.modules.get("vision.c2i.models"):
-        monkeypatch.setattr(of_c2i, "before_and_after", lambda path, *_: touched(path))
     for module in (show, sys.modules.get("vision.vlm.data")):
         if module:
             monkeypatch.setattr(module, "grid", lambda path, *_: touched(path))

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import cli, files, read_csv
-from matplotlib.figure import Figure
 from PIL import Image
 
 from vision import c2i_grpo
@@ -53,7 +52,7 @@ def stages(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch, stages, undrawn):
+def folder(tmp_path, monkeypatch, stages):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(stages, "checkpoints/digits")
     return tmp_path
@@ -303,7 +302,6 @@ def test_a_reward_of_the_users_is_raised():
     assert bright > -dark + 0.003  # of equal policies: 0 exactly
 
 
-@pytest.mark.pictures
 def test_pictures_and_wandb(monkeypatch):
     seen = {"init": [], "log": []}
     wandb = types.ModuleType("wandb")
@@ -547,21 +545,24 @@ def test_the_test_is_measured_once_at_the_end():
     assert measured["test, after"]["accuracy"] == pytest.approx(float(rows[2]["test_accuracy"]))
 
 
-@pytest.mark.pictures
 def test_a_grid_names_before_after_and_the_classes(monkeypatch):
-    drawn, real = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kw: drawn.append(figure) or
-                        real(figure, *args, **kw))
+    said, real = [], c2i_models.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(c2i_models.ImageDraw.ImageDraw, "text", lambda pen, at, text, *args, **kw:
+                        said.append((*at, text)) or real(pen, at, text, *args, **kw))
     ramp = torch.arange(30.0).view(30, 1, 1, 1).expand(30, 3, 8, 8) / 30  # three images a class
     c2i_models.before_and_after("grid.png", ramp, 1 - ramp)
-    left, right = drawn[0].axes
-    assert (left.get_title(), right.get_title(), left.get_ylabel()) == ("before", "after", "class")
-    assert [text.get_text() for text in left.get_yticklabels()] == list("0123456789")
-    for c, y in enumerate(left.get_yticks()):
-        shown = left.images[0].get_array()[round(float(y))]
-        assert shown[4, 0] == pytest.approx(ramp[3 * c, 0, 0, 0].item())
-        assert shown[8, 0] == 1  # the gap between two images
-    assert right.images[0].get_array()[0, 0, 0] == 1 and Image.open("grid.png").width > 500
+    with Image.open("grid.png") as image:
+        pixels = np.array(image)
+    lefts = {text: x for x, _, text in said if text in ("before", "after")}
+    for title, values in (("before", ramp), ("after", 1 - ramp)):
+        rows = [(y, text) for x, y, text in said if text[:5] == "class" and 0 < lefts[title] - x < 80]
+        assert [text for _, text in rows] == [f"class {c}" for c in range(10)]
+        for c, (y, _) in enumerate(rows):
+            shown = pixels[y + 9, lefts[title]:]  # the row of images that the words stand beside
+            wanted = 255 * values[3 * c:3 * c + 3, 0, 0, 0]
+            assert shown[[5, 39, 73], 0].tolist() == pytest.approx(wanted.tolist(), abs=1)
+            assert shown[33, 0] == 255  # a gap of two pixels
+            assert (pixels[y:y + 18, lefts[title] - 64:lefts[title]] < 128).any()  # words are there
 
 
 # ---- bad input ----
