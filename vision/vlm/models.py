@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.cli import die, need, writing
+from utils.run import step_generator
 from vision.data import step_index
 from vision.vlm.data import Scorer, picture
 
@@ -151,6 +152,13 @@ def generate(model, inputs, processor, length, temperature=None):
     return answers, mask, texts
 
 
+def greedy(model, processor, examples, length, device):
+    """The likeliest answers' texts, 64 examples at a time."""
+    parts = [examples[i:i + 64] for i in range(0, len(examples), 64)]
+    return [text for part in parts
+            for text in generate(model, inputs_of(processor, part, device), processor, length)[2]]
+
+
 def score(model, inputs, answers, mask, temperature):
     """Log-probability of the answers' tokens and the policy's entropy there: two (N, T)."""
     inputs, T = with_answers(inputs, answers, mask), answers.shape[1]
@@ -162,7 +170,7 @@ def score(model, inputs, answers, mask, temperature):
 
 def supervise(examples, steps, lr, seed, device, until=1.0):
     """-> the tiny model, trained to say the centres of boxes as "067,046", and its processor."""
-    torch.manual_seed(seed)
+    torch.manual_seed(step_generator(seed, 0, "start").initial_seed())
     processor = tiny_processor()
     model = tiny_model(processor.tokenizer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -178,7 +186,7 @@ def supervise(examples, steps, lr, seed, device, until=1.0):
         schedule.step()
         optimizer.zero_grad()
         if step % 10 == 9:
-            texts = generate(model, inputs_of(processor, examples[:128], device), processor, 8)[2]
+            texts = greedy(model, processor, examples[:128], 8, device)
             if Scorer.parts(texts, examples[:128])["accuracy_reward_coord"].mean() >= until:
                 break  # GRPO has something left to learn
     return model, processor
