@@ -24,6 +24,7 @@ from vision.bandit import (
     draw, entropy, exact_kl, frac_zero_std, keep_best, pick_reward, refuse_reward, supervised_steps)
 from vision.cnn import build
 from vision.data import batches, flip, load_classes
+from vision.lite0 import LITE0
 from vision.show import report
 
 COLUMNS = [*SHARED, "samples", "seconds", "grad_norm", "frac_zero_std", "aux_ce", "eval_r", "top1",
@@ -51,7 +52,7 @@ class Args:
     seed: int = 0  # of the start, the batches and the draws
     # ---- the task ----
     data_root: str = "digits"  # digits, cifar100, or a folder with train/ and val/ (or eval/)
-    model: str = "small"  # small, one of torchvision's (resnet50 …), yolov8n-cls to yolov8x-cls (AGPL-3.0)
+    model: str = "small"  # small, efficientnet-lite0, torchvision's (resnet50 …), yolov8n-cls … (AGPL-3.0)
     weights: str = "default"  # default: published ones (small has none); none: random; or a file
     sft_images: Annotated[int | None, AtLeast(0)] = None  # labels a class of the start; None: 3 on digits
     sft_steps: Annotated[int, AtLeast(0)] = 60  # supervised steps of the start
@@ -77,10 +78,11 @@ class Args:
 
 def load(args, device):
     """-> data and the start π₀, as weak or strong as its weights and --sft_images make it."""
-    digits, yolo = args.data_root == "digits", args.model.startswith("yolov8")
+    digits, raw = args.data_root == "digits", args.model.startswith(("yolov8", LITE0))  # pixels in 0 … 1
     size = 32 if digits or args.data_root == "cifar100" else 224
     size = 8 if digits and args.model == "small" else size
-    data = load_classes(args.data_root, args.img_size or size, normalise=not yolo)  # yolov8: in 0 … 1
+    by = "bicubic" if args.model == LITE0 else "bilinear"  # as they were trained
+    data = load_classes(args.data_root, args.img_size or size, normalise=not raw, by=by)
     data.val = data.val.sample(args.eval_images, step_generator(0, 0))
     torch.manual_seed(args.seed)
     policy = build(args.model, len(data.classes), args.weights).to(device)

@@ -113,13 +113,13 @@ def flip(images, generator):
 
 
 # ---- classes ----
-def load_classes(root, size, normalise=True):
+def load_classes(root, size, normalise=True, by="bilinear"):
     """root: "digits", "cifar100", or a folder with train/ and val/ (or eval/), a folder a class in each."""
     if root == "digits":
         return digits(size)
     if root == "cifar100":
         return cifar100(size, normalise)
-    read = functools.partial(read_class, size, normalise)
+    read = functools.partial(read_class, size, normalise, by=by)
     (classes, *train), (val_classes, *val) = (class_files(folder) for folder in split_folders(root))
     if classes != val_classes:
         unpaired = sorted(set(classes) ^ set(val_classes))
