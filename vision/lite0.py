@@ -27,7 +27,7 @@ def lite0(published):
     net.register_forward_pre_hook(lambda module, inputs: (inputs[0] - MEAN) / STD)
     if published:
         net.load_state_dict(torch.load(weights_file(), map_location="cpu", weights_only=True))
-    return net
+    return net.to(memory_format=torch.channels_last)  # its convolutions are faster so on a CPU
 
 
 def weights_file():
