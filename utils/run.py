@@ -1,7 +1,4 @@
-"""One training run: its precision, random numbers, CSV and record, checkpoints, Ctrl-C and clock.
-
-A script calls these functions, and none of them calls the script. The script's loop says what a run does.
-"""
+"""What a script calls for one training run: precision, random numbers, CSV, record, checkpoints, Ctrl-C."""
 import time
 from dataclasses import asdict
 
@@ -13,9 +10,13 @@ from utils.device import peak_mem_mb, pick_autocast, rank, write_run_record
 from utils.log import Log, add
 
 
-def step_generator(seed, step):
-    """The random numbers of one step, from (seed, step) alone: a resume needs no generator state."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+def step_generator(seed, step, purpose="draw"):
+    """The random numbers of one step, from (seed, step, purpose) alone: a resume needs no generator state.
+
+    torch keeps 32 bits of a seed. Three of them are the purpose, so no two purposes of a run share a stream.
+    """
+    purposes = ("draw", "dropout", "order", "flip", "evaluation", "start", "split", "data")
+    return torch.Generator().manual_seed(seed * 1_000_003 + step + (purposes.index(purpose) << 29))
 
 
 class Run:
@@ -108,9 +109,8 @@ class Run:
         if not due:
             return
         here = {"peak_mem_mb": peak_mem_mb(self.device), "tokens_per_s": tokens / elapsed}
-        row = ranks.total(self.sums) | self.counts | here
-        row = {name: value for name, value in row.items() if name in self.columns}
-        self.csv.write(**row | numbers | {"step": self.step})
+        known = {k: v for k, v in (ranks.total(self.sums) | self.counts | here).items() if k in self.columns}
+        self.csv.write(**known | numbers | {"step": self.step})
 
     def finish(self, **numbers):
         """A last row of what was measured after the last step, if anything was; closes the CSV."""

@@ -23,12 +23,14 @@ from utils.device import peak_mem_mb, write_run_record
 from utils.log import SHARED, Log, add
 from utils.run import step_generator
 from vision.c2i.data import batches, load_data, write_codes
-from vision.c2i.models import GPTS, TOKENIZERS, decode, load_models, pick_reward, picture, report, resolve
+from vision.c2i.models import (
+    GPTS, TESTED, TOKENIZERS, decode, load_models, pick_reward, picture, report, resolve)
 from vision.c2i.rollout import DTYPES, evaluate, roll_out, score_part, true_answers
 
 MADE_BY = "python -m vision.c2i_grpo"
 COLUMNS = [*SHARED, "samples", "seconds", "sampling_s", "clip_frac", "ratio_max", "sampler_gap_max",
-           "grad_norm", "frac_zero_std", "eval_r", "accuracy", "diversity", "frechet", "peak_mem_mb"]
+           "grad_norm", "frac_zero_std", "eval_r", "accuracy", "diversity", "frechet", "peak_mem_mb",
+           *(f"test_{name}" for name in TESTED)]
 # A resumed run may give these otherwise. The batch sizes may change with the number of processes.
 MAY_CHANGE = {"resume", "overwrite", "epochs", "steps", "sample_batch_size", "train_batch_size", "device",
               "backend", "gradient_accumulation_steps", "data_parallel", "num_workers", "log", "log_every",
@@ -62,7 +64,7 @@ class Args:
     grad_clip: Annotated[float, AtLeast(0.0)] = 1.0  # largest norm of the gradient
     epochs: Annotated[int | None, AtLeast(1)] = None  # passes over the data
     steps: Annotated[int | None, AtLeast(1)] = None  # rollouts at most; None: those of --epochs
-    seed: int = 0  # of the models trained here, the order of the data and the draws
+    seed: int = 0  # of the splits, the models trained here, the order of the data and the draws
     # ---- the task ----
     gpt_model: Literal[tuple(GPTS)] | None = None  # the policy's size
     gpt_ckpt: str | None = None  # a file of LlamaGen's; None: random weights, or a GPT of digits trained here
@@ -84,7 +86,7 @@ class Args:
     classifier_weights: str = "default"  # default: published ones; none: random; FILE
     vq_steps: Annotated[int, AtLeast(1)] = 300  # of training the digits' tokenizer
     gpt_steps: Annotated[int, AtLeast(0)] = 400  # of training their GPT: few leave GRPO something to do
-    classifier_steps: Annotated[int, AtLeast(1)] = 300  # of training their reward and their judge
+    classifier_steps: Annotated[int, AtLeast(1)] = 300  # of training their reward and their judges
     eval_every: Annotated[int | None, AtLeast(0)] = None  # on digits; 0: at the start and the end alone
     eval_images: Annotated[int, AtLeast(2)] = 100  # images of each class
     # ---- speed and memory: nothing here changes what is learnt ----
@@ -157,7 +159,7 @@ def main(args):
     if args.resume:
         folder, state = dist.last_state(args.out, arguments, MAY_CHANGE, args.ALIASES, MADE_BY)
     checkpoint.earlier(args, dist.checkpoints(args.out))
-    vq, policy, classifier, judge = ranks.first_on_rank_0(lambda: load_models(args, is_digits, device))
+    vq, policy, classifier, judges = ranks.first_on_rank_0(lambda: load_models(args, is_digits, device))
     T = policy.config.block_size
     score_images = pick_reward(args, classifier, is_digits)
     data = load_data(args, is_digits, T)
@@ -180,14 +182,15 @@ def main(args):
     start = counts["step"]
     total = max(start, min(args.epochs * (len(data) // (B * world)), args.steps or 10**12))
     checkpoint.take(args, dist.checkpoints(args.out))
-    write_run_record(args.log, args, device=str(device), world=world)
+    record = {"device": str(device), "world": world}
+    write_run_record(args.log, args, **record)
     log = open_log(args, total, start)
     interrupt = Interrupt()
     parts = torch.arange(B).split(args.train_batch_size)  # the classes of one forward and backward pass
     passes = args.gradient_accumulation_steps
     updates = len(parts) // passes
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    before = evaluate(ref, args, vq, judge, score_images) if is_digits else None
+    before = evaluate(ref, args, vq, judges[0], score_images) if is_digits else None
 
     loader = batches(data, B * world, args.seed, start, total, args.num_workers, rank, world)
     for step, (x, labels) in enumerate(loader, start):
@@ -195,7 +198,7 @@ def main(args):
             save(args, policy, optimizer, counts, arguments)
         measures = {}
         if is_digits and args.eval_every and step % args.eval_every == 0:
-            measures = evaluate(policy, args, vq, judge, score_images)[0] if step else before[0]
+            measures = evaluate(policy, args, vq, judges[0], score_images)[0] if step else before[0]
         clock = time.perf_counter()
 
         # ---- rollout: G images of each of B classes ----
@@ -253,9 +256,9 @@ def main(args):
             interrupt.leave(resume_command())
     if args.save_every:
         save(args, policy, optimizer, counts, arguments)
-    after = evaluate(policy, args, vq, judge, score_images) if is_digits else None
+    after = evaluate(policy, args, vq, judges[0], score_images) if is_digits else None
     if rank == 0:
-        report(args, log, total, before, after, judge)
+        report(args, log, total, before, after, judges, **record)
     guard.release()
 
 

@@ -23,12 +23,13 @@ from utils.run import Run, step_generator
 from vision.bandit import (
     draw, entropy, exact_kl, frac_zero_std, keep_best, pick_reward, refuse_reward, supervised_steps)
 from vision.cnn import build
-from vision.data import batches, flip, load_classes
+from vision.data import SPLITS, batches, flip, load_classes
 from vision.lite0 import LITE0
-from vision.show import report
+from vision.show import of_test, report
 
-COLUMNS = [*SHARED, "samples", "seconds", "grad_norm", "frac_zero_std", "aux_ce", "eval_r", "top1",
-           "top5", "eval_kl", "peak_mem_mb"]
+MEASURES = ["eval_r", "top1", "top5", "eval_kl"]
+COLUMNS = [*SHARED, "samples", "seconds", "grad_norm", "frac_zero_std", "aux_ce", *MEASURES, "peak_mem_mb",
+           *map(of_test, MEASURES)]
 
 
 @dataclass
@@ -49,9 +50,9 @@ class Args:
     weight_decay: Annotated[float, AtLeast(0.0)] = 0.0  # of AdamW
     grad_clip: Annotated[float, AtLeast(1e-9)] = 1.0  # greatest norm of the gradient
     steps: Annotated[int, AtLeast(1)] = 300  # rollouts, and updates
-    seed: int = 0  # of the start, the batches and the draws
+    seed: int = 0  # of the splits, the start, the batches and the draws
     # ---- the task ----
-    data_root: str = "digits"  # digits, cifar100, or a folder with train/ and val/ (or eval/)
+    data_root: str = "digits"  # digits, mnist5k, cifar100, or a folder with train/, val/ and, best, test/
     model: str = "small"  # small, efficientnet-lite0, torchvision's (resnet50 …), yolov8n-cls … (AGPL-3.0)
     weights: str = "default"  # default: published ones (small has none); none: random; or a file
     sft_images: Annotated[int | None, AtLeast(0)] = None  # labels a class of the start; None: 3 on digits
@@ -60,10 +61,10 @@ class Args:
     topk: int = 5  # of the reward topk
     margin_alpha: Annotated[float, AtLeast(0.0)] = 1.0  # of the reward margin
     tau: Annotated[float, AtLeast(1e-3)] = 0.3  # of the reward smooth
-    img_size: Annotated[int | None, AtLeast(8)] = None  # pixels; None: 8 or 32, or 224 on a folder
+    img_size: Annotated[int | None, AtLeast(8)] = None  # pixels; None: 8, 28 or 32, or 224 on a folder
     bad_images: Literal["refuse", "skip"] = "refuse"  # files that can't be read
     eval_every: Annotated[int, AtLeast(1)] = 25  # steps
-    eval_images: Annotated[int, AtLeast(1)] = 2048  # held-out images, drawn once
+    eval_images: Annotated[int, AtLeast(1)] = 2048  # of validation and of the test at most, drawn once
     log: str = "logs/cnn.csv"  # the run's numbers
     out: str = "out/cnn"  # the folder of the run's weights
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
@@ -78,13 +79,14 @@ class Args:
 
 def load(args, device):
     """-> data and the start π₀, as weak or strong as its weights and --sft_images make it."""
-    digits, raw = args.data_root == "digits", args.model.startswith(("yolov8", LITE0))  # pixels in 0 … 1
+    digits, raw = args.data_root in SPLITS, args.model.startswith(("yolov8", LITE0))  # pixels in 0 … 1
     size = 32 if digits or args.data_root == "cifar100" else 224
-    size = 8 if digits and args.model == "small" else size
+    size = {"digits": 8, "mnist5k": 28}.get(args.data_root, size) if args.model == "small" else size
     by = "bicubic" if args.model == LITE0 else "bilinear"  # as they were trained
-    data = load_classes(args.data_root, args.img_size or size, normalise=not raw, by=by)
-    data.val = data.val.sample(args.eval_images, step_generator(0, 0))
-    torch.manual_seed(args.seed)
+    data = load_classes(args.data_root, args.img_size or size, not raw, args.seed, by)
+    data.val, data.test = (part.sample(args.eval_images, step_generator(args.seed, 0, "evaluation"))
+                           for part in (data.val, data.test))
+    torch.manual_seed(step_generator(args.seed, 0, "start").initial_seed())
     policy = build(args.model, len(data.classes), args.weights).to(device)
     from_file = args.weights not in ("default", "none")  # such weights are trained already
     reading = {"num_workers": args.num_workers, "bad_images": args.bad_images}
@@ -93,21 +95,21 @@ def load(args, device):
     few = 3 if digits and not from_file else 0
     few = few if args.sft_images is None else args.sft_images
     if few:
-        train = data.train.sample(few, step_generator(args.seed, 10**6), each_class=True)
+        train = data.train.sample(few, step_generator(args.seed, 1, "start"), each_class=True)
         for _, images, label in supervised_steps(policy, train, args.sft_steps, args.seed, **reading):
             F.cross_entropy(policy(images.to(device)), label.to(device)).backward()
     return data, policy
 
 
 @torch.no_grad()
-def evaluate(policy, ref, data, reward_of, args, device):
-    """Held out: accuracy of the arg-max, mean reward of a draw an image, exact KL -> them, each arg-max."""
-    generator, rows, guesses = step_generator(args.seed, 10**6), [], []
-    loader = batches(data.val, 256, num_workers=args.num_workers, bad_images=args.bad_images)
+def evaluate(policy, ref, part, reward_of, args, device):
+    """On a split: accuracy of the arg-max, mean reward of a draw an image, exact KL -> them, each arg-max."""
+    generator, rows, guesses = step_generator(args.seed, 1, "evaluation"), [], []
+    loader = batches(part, 256, num_workers=args.num_workers, bad_images=args.bad_images)
     for images, label, names in loader:
         label, logits = label.to(device), policy(images.to(device))
         logp = (logits / args.temperature).log_softmax(1)
-        logp_ref = (ref(images.to(device)) / args.temperature).log_softmax(1)
+        logp_ref = logp if ref is policy else (ref(images.to(device)) / args.temperature).log_softmax(1)
         best = logits.topk(min(5, logits.shape[1])).indices == label[:, None]
         reward = reward_of(draw(logp, 1, generator), label, logp.exp(), names)
         rows.append(torch.stack([best[:, 0], best.any(1), reward[:, 0], exact_kl(logp, logp_ref)]))
@@ -138,7 +140,7 @@ def main(args):
     if state and state["classes"] != data.classes:
         die(f"--resume: {args.data_root} has other classes than {args.out}/state.pth: give the same images")
     reward_of = pick_reward(args.reward, args, data, ref, device)
-    before = evaluate(ref, ref, data, reward_of, args, device)
+    before = evaluate(ref, ref, data.val, reward_of, args, device)
     run.record["before"] = before[0]
     about = {"classes": data.classes, "config": asdict(args)}
 
@@ -147,18 +149,17 @@ def main(args):
     for step, (images, label, names) in zip(run.steps(), loader):
         held_out = {}
         if step % args.eval_every == 0:
-            held_out, _ = evaluate(policy, ref, data, reward_of, args, device)
+            held_out, _ = evaluate(policy, ref, data.val, reward_of, args, device)
             keep_best(run, policy, best_file, "classifier", held_out, "top1", **about)
         run.start_clock()
 
         # ---- rollout: one forward pass, G classes an image ----
-        generator = step_generator(args.seed, step)
-        images = flip(images, generator) if data.flip else images
+        images = flip(images, step_generator(args.seed, step, "flip")) if data.flip else images
         images, label = images.to(device), label.to(device)
         with run.autocast():
             logits = policy(images)
         logp_all = (logits.float() / args.temperature).log_softmax(1)  # (B, C)
-        action = draw(logp_all.detach(), args.group_size, generator)  # (B, G)
+        action = draw(logp_all.detach(), args.group_size, step_generator(args.seed, step))  # (B, G)
 
         # ---- reward ----
         reward = reward_of(action, label, logp_all.detach().exp(), names)  # (B, G)
@@ -189,11 +190,11 @@ def main(args):
         run.write(samples=action.numel(), mean_r=reward.mean(), kl=kl, entropy=entropy(logp_all).mean(),
                   token_adv=adv.abs().mean(), aux_ce=ce, frac_zero_std=frac_zero_std(reward), **held_out)
 
-    after = evaluate(policy, ref, data, reward_of, args, device)
+    after = evaluate(policy, ref, data.val, reward_of, args, device)
     keep_best(run, policy, best_file, "classifier", after[0], "top1", **about)
     run.save(args.steps)  # again, with the number of the best policy
-    run.finish(**after[0])
-    report(run, data, before, after,
+    tested = [evaluate(model, ref, data.test, reward_of, args, device) for model in (ref, policy)]
+    report(run, data, [before, after], tested,
            {"top1": "top-1", "top5": "top-5", "eval_r": f"reward ({args.reward})", "eval_kl": "KL, nats"},
            ["mean_r", "top1", "kl", "entropy"], [best_file])
 

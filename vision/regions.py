@@ -15,8 +15,9 @@ from PIL import Image
 
 from utils import guard
 from utils.cli import die
+from utils.run import step_generator
 from vision.data import (
-    Data, Images, digit_arrays, files_below, open_rgb, open_upright, split_folders, to_tensor)
+    Data, Images, digits, files_below, open_rgb, open_upright, split_folders, to_tensor, with_test)
 
 
 def digit_scenes(n, size=32, seed=0, split="train", sides=(0.35, 0.65)):
@@ -24,9 +25,10 @@ def digit_scenes(n, size=32, seed=0, split="train", sides=(0.35, 0.65)):
 
     -> images (n, 1, size, size) in 0 … 1, labels (n,), boxes (n, 4) in pixels (x1, y1, x2, y2, the far edges
     exclusive), masks (n, size, size). sides: a digit's least and greatest side, as shares of the canvas.
+    The digits are of that split.
     """
-    stock, stock_labels = digit_arrays()[split]
-    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    stock = getattr(digits(8, seed), split)
+    generator = step_generator(seed, ("train", "val", "test").index(split), "data")
     images, masks = torch.zeros(n, 1, size, size), torch.zeros(n, size, size, dtype=torch.bool)
     labels, boxes = torch.zeros(n, dtype=torch.long), torch.zeros(n, 4)
     for i in range(n):
@@ -34,33 +36,33 @@ def digit_scenes(n, size=32, seed=0, split="train", sides=(0.35, 0.65)):
         side = round(size * (sides[0] + (sides[1] - sides[0]) * u[0].item()))
         x, y = (int(v * (size - side + 1)) for v in u[1:3].tolist())
         index = int(u[3] * len(stock))
-        digit = F.interpolate(stock[index:index + 1], (side, side), mode="bilinear")[0, 0]
+        digit = F.interpolate(stock.images[index:index + 1, :1], (side, side), mode="bilinear")[0, 0]
         ink = digit > 0.3
         images[i, 0, y:y + side, x:x + side] = digit
         masks[i, y:y + side, x:x + side] = ink
         rows, columns = ink.any(1).nonzero(), ink.any(0).nonzero()
         boxes[i] = torch.tensor([x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1])
-        labels[i] = stock_labels[index]
+        labels[i] = stock.targets[index]
     return images, labels, boxes, masks
 
 
-def load_regions(task, root, size):
+def load_regions(task, root, size, seed=0):
     """task "box": targets (4,) as shares of the image's sides; task "mask": targets (size, size) of 0 and 1.
 
-    root: "digits" for digit scenes, or a folder with train/ and val/ (or eval/): in each images and, for
-    boxes, one COCO JSON (the largest box of an image is its target), for masks NAME_mask.png beside NAME.jpg.
+    root: "digits" for digit scenes, or a folder as for `split_folders`: in each part images and, for boxes,
+    one COCO JSON (the largest box of an image is its target), for masks NAME_mask.png beside NAME.jpg.
     An image is resized to size × size without a crop, so that every box and mask stays whole.
     """
     if root == "digits":
         def part(n, split):
-            images, _, boxes, masks = digit_scenes(n, size, split=split)
+            images, _, boxes, masks = digit_scenes(n, size, seed, split)
             targets = boxes / size if task == "box" else masks.long()
             return Images(images.expand(-1, 3, -1, -1), targets, [f"{split}/{i}" for i in range(n)])
-        return Data(part(2000, "train"), part(500, "test"))
+        return Data(part(2000, "train"), part(500, "val"), part(500, "test"))
     collect, read = (coco_boxes, read_box) if task == "box" else (mask_files, read_mask)
-    parts = [collect(folder) for folder in split_folders(root)]
-    read = functools.partial(read, size)
-    return Data(*[Images(files, targets, files, read) for files, targets in parts], normalised=True)
+    found, read = [collect(folder) for folder in split_folders(root)], functools.partial(read, size)
+    parts = [Images(files, targets, files, read) for files, targets in found]
+    return Data(*with_test(parts, root, seed, by_class=False), normalised=True)
 
 
 def coco_boxes(folder):

@@ -9,31 +9,38 @@ from utils.device import write_run_record
 from vision.data import batches, standard
 
 
-def report(run, data, before, after, columns, panels, made):
-    """Writes the record, prints a table, writes figure and picture beside the CSV.
+def of_test(name):
+    """The CSV's column for what a run measures once, at its end, on the test: eval_r -> test_r."""
+    return f"test_{name.removeprefix('eval_')}"
 
-    before, after: numbers and answers. columns: {number: title} of the table. panels: the CSV's columns in
-    the figure, none for no figure. made: what else was written. The picture is of the first held-out images.
+
+def report(run, data, validation, test, columns, panels, made):
+    """Writes the CSV's last row and the record, prints a table, writes figure and picture beside the CSV.
+
+    validation, test: [before, after], each numbers and answers. columns: {number: title} of the table.
+    panels: the CSV's columns in the figure, none for no figure. made: what else was written.
     """
     from rich.console import Console
     from rich.table import Table
 
     from utils.figure import plot_panels
-    args, results = run.args, {"before": before, "after": after}
+    args, results = run.args, dict(zip(("before", "after", "test_before", "test_after"), validation + test))
+    run.finish(samples=run.counts["samples"], seconds=run.counts["seconds"], **results["after"][0],
+               **{of_test(name): value for name, value in results["test_after"][0].items()})
     record = run.record | {name: row for name, (row, _) in results.items()}
     write_run_record(args.log, args, device=str(run.device), dtype=run.dtype, **record)
-    table = Table(f"{len(data.val)} held-out images", *columns.values())
+    table = Table(f"{len(data.val)} images, test {len(data.test)}", *columns.values())
     for name, (row, _) in results.items():
-        table.add_row(name, *(f"{row[key]:.3f}" for key in columns))
+        table.add_row(name.replace("_", ", "), *(f"{row[key]:.3f}" for key in columns))
     Console().print(table)
     stem = Path(args.log).with_suffix("")
-    images, truth, _ = next(batches(data.val, 10, bad_images=args.bad_images))
+    images, truth, _ = next(batches(data.test, 10, bad_images=args.bad_images))
     images = standard(images, inverse=True) if data.normalised else images
-    rows = {name: answers[:len(images)].cpu() for name, (_, answers) in results.items()}
+    rows = {name: results[f"test_{name}"][1][:len(images)].cpu() for name in ("before", "after")}
     grid(f"{stem}_images.png", images, truth, rows, data.classes)
     if panels:
         made = [plot_panels([args.log], panels, f"{stem}.png", optional=True), *made]
-    if skipped := sorted(data.train.skipped | data.val.skipped):
+    if skipped := sorted(data.train.skipped | data.val.skipped | data.test.skipped):
         print(f"skipped {len(skipped)} files that can't be read, {skipped[0]} among them")
     print(f"wrote {', '.join(map(str, [args.log, f'{stem}_images.png', *made]))}")
 

@@ -27,12 +27,13 @@ from vision.bandit import (
     entropy, exact_kl, frac_zero_std, keep_best, pick_reward, refuse_reward, supervised_steps)
 from vision.data import batches, flip, load_classes
 from vision.regions import load_regions
-from vision.show import report
+from vision.show import of_test, report
 from vision.vit import ViT, ViTConfig, answers, as_actions, load_vit
 
 METRICS = {"class": "top1", "box": "iou", "mask": "dice"}  # of the most likely answer, dropout off
+MEASURES = [*METRICS.values(), "eval_r", "eval_kl"]
 COLUMNS = [*SHARED, "samples", "seconds", "clip_frac", "ratio_max", "grad_norm", "frac_zero_std", "aux_ce",
-           *METRICS.values(), "eval_r", "eval_kl", "peak_mem_mb"]
+           *MEASURES, "peak_mem_mb", *map(of_test, MEASURES)]
 OBJECTIVE = replace(OBJECTIVES["grpo"], beta=0.0)  # the KL is exact here, and added in the loop with --beta
 
 
@@ -51,10 +52,10 @@ class Args:
     weight_decay: Annotated[float, AtLeast(0.0)] = 0.0  # of AdamW
     grad_clip: Annotated[float, AtLeast(1e-9)] = 1.0  # greatest norm of the gradient
     steps: Annotated[int | None, AtLeast(1)] = None  # rollouts, and updates
-    seed: int = 0  # of the start, the batches, the dropout masks and the draws
+    seed: int = 0  # of the splits, the start, the batches, the dropout masks and the draws
     # ---- the task ----
     task: Literal["class", "box", "mask"] = "class"  # what is drawn
-    data_root: str = "digits"  # or a folder with train/ and val/ (or eval/)
+    data_root: str = "digits"  # mnist5k for classes, or a folder with train/, val/ and, best, test/
     reward: str = "auto"  # bandit, topk, margin, smooth; iou, giou; dice; or FILE.py:FUNCTION for classes
     topk: int = 5  # of the reward topk
     margin_alpha: Annotated[float, AtLeast(0.0)] = 1.0  # of the reward margin
@@ -120,33 +121,35 @@ def taken(logq, action, G):
 
 def begin(args, run):
     """-> data and π₀: a checkpoint's, or one trained with labels, on so few images that it is weak."""
-    data = load_classes(args.data_root, args.img_size) if args.task == "class" else \
-        load_regions(args.task, args.data_root, args.img_size)
+    data = load_classes(args.data_root, args.img_size, seed=args.seed) if args.task == "class" else \
+        load_regions(args.task, args.data_root, args.img_size, args.seed)
     config = ViTConfig(args.img_size, args.patch, args.width, args.depth, args.heads, args.dropout, args.task,
                        len(data.classes), args.bins)
     if args.init:
         return data, load_vit(args.init, config, data.classes).to(run.device)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(step_generator(args.seed, 0, "start").initial_seed())
     policy = ViT(config).to(run.device)
-    train = data.train.sample(args.sft_images, step_generator(args.seed, 10**6))
+    train = data.train.sample(args.sft_images, step_generator(args.seed, 1, "start"))
     steps = 0 if args.resume else args.sft_steps  # the checkpoint holds the start
     for step, images, target in supervised_steps(policy, train, steps, args.seed, args.sft_lr,
                                                  num_workers=args.num_workers, bad_images=args.bad_images):
-        images = flip(images, step_generator(args.seed, -1 - step)) if data.flip else images
-        logq = log_probs(policy, images.to(run.device), step, args, run)
+        images = flip(images, step_generator(args.seed, -1 - step, "flip")) if data.flip else images
+        seed = step_generator(args.seed, -1 - step, "dropout").initial_seed()
+        logq = log_probs(policy, images.to(run.device), seed, args, run)
         action = as_actions(config, target)[:, :, None].to(run.device)
         (-logq.gather(2, action).mean()).backward()
     return data, policy
 
 
 @torch.no_grad()
-def evaluate(policy, ref, data, reward_of, args, run):
-    """Held out: the metric without dropout, one pass's reward and exact KL -> them, the first answers."""
-    generator, rows, first = step_generator(args.seed, 10**6), [], None
+def evaluate(policy, ref, part, reward_of, args, run):
+    """On a split: the metric without dropout, one pass's reward and exact KL -> them, the first answers."""
+    generator, rows, first = step_generator(args.seed, 0, "evaluation"), [], None
     metric, config = getattr(rewards, rewards.TASKS[args.task][0]), policy.config
-    loader = batches(data.val, args.batch_size * args.group_size, num_workers=args.num_workers,
+    loader = batches(part, args.batch_size * args.group_size, num_workers=args.num_workers,
                      bad_images=args.bad_images)
-    for seed, (images, target, names) in enumerate(loader):
+    for number, (images, target, names) in enumerate(loader, 1):
+        seed = step_generator(args.seed, number, "evaluation").initial_seed()
         images, target = images.to(run.device), target.to(run.device)
         logq = log_probs(policy, images, seed, args, run)
         drawn = answers(config, act(logq, args.draw, generator))[:, None]  # (N, 1, …): groups of one
@@ -177,27 +180,26 @@ def main(args):
     best_file = f"{args.out}/best_vit_{args.task}_grpo.pt"
     run.hold(about, counts={"best": -1.0}, writes=[best_file], model=policy, ref=ref, optimizer=optimizer)
     reward_of = pick_reward(reward_name, args, data, ref, device)
-    before = evaluate(ref, ref, data, reward_of, args, run)
+    before = evaluate(ref, ref, data.val, reward_of, args, run)
     run.record["before"] = before[0]
 
     loader = batches(data.train, B, args.seed, run.start, args.steps, args.num_workers, args.bad_images)
     for step, (images, target, names) in zip(run.steps(), loader):
         held_out = {}
         if step % args.eval_every == 0:
-            held_out, _ = evaluate(policy, ref, data, reward_of, args, run)
+            held_out, _ = evaluate(policy, ref, data.val, reward_of, args, run)
             keep_best(run, policy, best_file, "vit", held_out, metric, **about)
         if args.log_dir and step == run.start:
             run.csv.tracker = open_tracker("tensorboard", Path(args.log_dir, f"vit_{args.task}"), vars(args))
         run.start_clock()
 
         # ---- rollout: G dropout passes over each of B images, one answer each ----
-        generator = step_generator(args.seed, step)
-        seed = int(torch.randint(2**31, (), generator=generator))  # of the masks: it brings these passes back
-        images = flip(images, generator) if data.flip else images
+        seed = step_generator(args.seed, step, "dropout").initial_seed()  # it brings these passes back
+        images = flip(images, step_generator(args.seed, step, "flip")) if data.flip else images
         images, target = images.to(device).repeat_interleave(G, 0), target.to(device)  # N = B·G images
         with torch.no_grad():
             logq_old = log_probs(policy, images, seed, args, run)  # (N, T, V)
-        action = act(logq_old, args.draw, generator)  # (N, T)
+        action = act(logq_old, args.draw, step_generator(args.seed, step))  # (N, T)
 
         # ---- reward ----
         answer = answers(policy.config, action).unflatten(0, (-1, G))  # (B, G, …)
@@ -228,11 +230,11 @@ def main(args):
         run.write(samples=len(action), mean_r=reward.mean(), kl=kl, entropy=entropy(logq).mean(),
                   token_adv=adv.abs().mean(), aux_ce=ce, frac_zero_std=frac_zero_std(reward), **held_out)
 
-    after = evaluate(policy, ref, data, reward_of, args, run)
+    after = evaluate(policy, ref, data.val, reward_of, args, run)
     keep_best(run, policy, best_file, "vit", after[0], metric, **about)
     run.save(args.steps)  # again, with the number of the best policy
-    run.finish(**after[0])
-    report(run, data, before, after,
+    tested = [evaluate(model, ref, data.test, reward_of, args, run) for model in (ref, policy)]
+    report(run, data, [before, after], tested,
            {metric: f"{metric}, dropout off", "eval_r": f"reward ({reward_name})", "eval_kl": "KL, nats"},
            ["mean_r", metric, "kl", "entropy"], [best_file])
 

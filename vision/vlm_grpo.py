@@ -24,15 +24,17 @@ from utils.cli import INPUTS, AtLeast, Interrupt, die, need, parse, resume_comma
 from utils.device import peak_mem_mb, pick_device, rank, world, write_run_record
 from utils.log import SHARED, Log
 from utils.rewards import load_reward
+from utils.run import step_generator
 from utils.trl import attach, given_fields, grpo_config
 from vision.data import step_index
+from vision.show import of_test
 from vision.vlm import models, samples
 from vision.vlm.data import Scorer, draw, load_data, picture, scenes
 from vision.vlm.models import generate, inputs_of, load_model, lora, save_folder, score
 
 MADE_BY = "python -m vision.vlm_grpo"
 COLUMNS = [*SHARED, "samples", "seconds", "length", "clip_frac", "grad_norm", "frac_zero_std", "unparsed",
-           "accuracy", "eval_r", "eval_unparsed", "peak_mem_mb"]
+           "accuracy", "eval_r", "eval_unparsed", "peak_mem_mb", "test_accuracy", "test_r", "test_unparsed"]
 WEIGHTS = ("accuracy_reward_coord", "iou", "distance", "format")
 
 
@@ -54,12 +56,13 @@ class Args:
     use_lora: bool = False  # train adapters on the text tower instead of all weights
     lora_r: Annotated[int, AtLeast(1)] = 16  # their rank
     trl: dict[str, str] = field(default_factory=given_fields)  # other fields of GRPOConfig: --trl.NAME VALUE
-    seed: int = 0  # of the data, the order of prompts and the draws
+    seed: int = 0  # of the data and their splits, the order of prompts and the draws
     # ---- the task ----
     model: str = ""  # a folder or the hub's name; else a tiny one, first supervised on digit scenes
     data: str = ""  # JSON or JSONL of {image, prompt, solution}; else digit scenes
     images_root: str = "."  # the folder that the images of --data lie in
-    eval_data: str = ""  # held-out examples; else the last tenth of --data
+    eval_data: str = ""  # validation examples; else those of a tenth of --data's images
+    test_data: str = ""  # test examples; else half of --eval_data, or those of a tenth of --data's images
     reward: str = ""  # FILE.py:FUNCTION instead of the weighted sum of the four rewards below
     accuracy_reward_coord: float = 1.0  # weight of: the first (x, y) lies in the box
     iou: float = 0.0  # weight of: intersection over union of the box
@@ -69,8 +72,8 @@ class Args:
     start_accuracy: float = 0.5  # supervision ends when this share of 128 training scenes is answered right
     sft_lr: Annotated[float, AtLeast(0.0)] = 3e-3  # its learning rate
     eval_every: Annotated[int, AtLeast(1)] = 50  # steps between evaluations
-    eval_examples: Annotated[int, AtLeast(1)] = 512  # held-out examples at most
-    samples: Annotated[int, AtLeast(0)] = 4  # nano: held-out examples whose answers report.py shows; 0: none
+    eval_examples: Annotated[int, AtLeast(1)] = 512  # of validation and of the test at most
+    samples: Annotated[int, AtLeast(0)] = 4  # nano: validation examples that report.py shows; 0: none
     preview: bool = False  # draw the first examples beside the CSV (with --model its answers too), and end
     # ---- speed and memory: nothing here changes what is learnt ----
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -88,6 +91,8 @@ def refuse(args):
             f"multiple of --group_size {args.group_size}")
     if args.engine == "nano" and (args.trl or world() > 1):
         die("--trl.NAME and several processes go with --engine trl only")
+    if args.test_data and not args.eval_data:
+        die(f"--test_data {args.test_data} goes with --eval_data, the examples of validation")
     if world() > 1 and not args.model:
         die("several processes need --model: one process makes the tiny one")
     if args.model and Path(args.out).resolve() in Path(args.model).resolve().parents:
@@ -105,13 +110,12 @@ class Progress:
         self.batch, self.device, self.interrupt = batch, device, Interrupt()  # batch: answers a step
         self.start = state["step"] if state else 0
         self.seconds = state["seconds"] if state else 0.0
-        self.judge = Scorer(held_out, scorer.weights, scorer.custom)
         self.log = Log(args.log, COLUMNS, args.steps, self.start)
 
     def begin(self, step, model):
         """What a step samples depends on (seed, step, rank) alone, in both engines and after a resume."""
-        self.measures = self.evaluate(model)[0] if step % self.args.eval_every == 0 else {}
-        torch.manual_seed(self.args.seed * 1_000_003 + step + rank() * 10**9)
+        self.measures = self.evaluate(model, self.held_out)[0] if step % self.args.eval_every == 0 else {}
+        torch.manual_seed(step_generator(self.args.seed, step + rank() * 10**6).initial_seed())
         self.clock = time.perf_counter()
 
     def end(self):
@@ -130,18 +134,19 @@ class Progress:
                          args=asdict(self.args), inputs=dict(INPUTS),
                          **{name: part.state_dict() for name, part in parts.items()})
 
-    def evaluate(self, model):
-        """Greedy answers to held-out examples -> {accuracy, eval_r, eval_unparsed}, their texts."""
+    def evaluate(self, model, examples):
+        """Greedy answers to examples -> {accuracy, eval_r, eval_unparsed}, their texts."""
         was_training, texts = model.training, []
         model.eval()  # gradient checkpointing would switch the cache off
-        for i in range(0, len(self.held_out), 64):
-            inputs = inputs_of(self.processor, self.held_out[i:i + 64], self.device)
+        for i in range(0, len(examples), 64):
+            inputs = inputs_of(self.processor, examples[i:i + 64], self.device)
             texts += generate(model, inputs, self.processor, self.args.max_new)[2]
         model.train(was_training)
-        reward = self.judge(texts, range(len(texts)))
-        accuracy = Scorer.parts(texts, self.held_out)["accuracy_reward_coord"].mean().item()
+        judge = Scorer(examples, self.scorer.weights, self.scorer.custom)
+        reward = judge(texts, range(len(texts)))
+        accuracy = Scorer.parts(texts, examples)["accuracy_reward_coord"].mean().item()
         return {"accuracy": accuracy, "eval_r": sum(reward) / len(reward),
-                "eval_unparsed": self.judge.unparsed}, texts
+                "eval_unparsed": judge.unparsed}, texts
 
 
 def train_trl(args, config, path, examples, order, progress):
@@ -245,7 +250,8 @@ def main(args):
     batch = config.generation_batch_size if config else args.per_device_train_batch_size  # answers a step
     path = args.model or f"{args.out}/start"
     processor = models.load_processor(path) if args.model else models.tiny_processor()
-    train, held_out = load_data(args, processor)
+    train, *others = load_data(args, processor)
+    held_out, test = (part[:args.eval_examples] for part in others)
     if state:
         guard.same_inputs(state.get("inputs", {}), results[0])
     scorer = Scorer(train, {name: getattr(args, name) for name in WEIGHTS},
@@ -273,8 +279,8 @@ def main(args):
         if not state:
             save_folder(path, load_model(args.model), processor)
     order = torch.stack([step_index(len(train), B, args.seed, s) for s in range(args.steps)])  # (steps, B)
-    progress = Progress(args, processor, held_out[:args.eval_examples], scorer, batch, device, state)
-    before, first_texts = progress.evaluate(load_model(path).to(device))
+    progress = Progress(args, processor, held_out, scorer, batch, device, state)
+    before, _ = progress.evaluate(load_model(path).to(device), held_out)
     record = {"device": str(device), "objective": asdict(objective), "before": before,
               "hf": {name: version(name) for name in ("transformers", *(["trl"] if config else []))}}
     write_run_record(args.log, args, **record)
@@ -285,15 +291,18 @@ def main(args):
     if progress.interrupt.asked:
         progress.log.close()
         progress.interrupt.leave(resume_command())
-    after, last_texts = progress.evaluate(policy)
-    progress.log.write(step=args.steps, **after)
+    after, _ = progress.evaluate(policy, held_out)
+    (first, first_texts), (last, last_texts) = (progress.evaluate(model, test)
+                                                for model in (load_model(path).to(device), policy))
+    progress.log.write(step=args.steps, **after, **{of_test(name): value for name, value in last.items()})
     progress.log.close()
     guard.release()
-    write_run_record(args.log, args, **record, after=after)
-    draw(f"{stem}_images.png", progress.held_out[:10], {"before": first_texts, "after": last_texts})
-    gains = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in ("accuracy", "eval_r"))
-    print(f"{len(progress.held_out)} held-out examples, greedy: {gains}; {args.steps} steps, "
-          f"{progress.seconds:.0f} s; wrote {args.log}, {stem}_images.png, {args.out}/final")
+    write_run_record(args.log, args, **record, after=after, test_before=first, test_after=last)
+    draw(f"{stem}_images.png", test[:10], {"before": first_texts, "after": last_texts})
+    for split, one, two in ((held_out, before, after), (test, first, last)):
+        gains = ", ".join(f"{name} {one[name]:.3f} -> {two[name]:.3f}" for name in ("accuracy", "eval_r"))
+        print(f"{len(split)} examples of {'test' if split is test else 'validation'}, greedy: {gains}")
+    print(f"{progress.seconds:.0f} s of training; wrote {args.log}, {stem}_images.png, {args.out}/final")
 
 
 if __name__ == "__main__":

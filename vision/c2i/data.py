@@ -35,7 +35,7 @@ def load_data(args, is_digits, T):
         read = functools.partial(read_codes, stem, T, args.codebook_size, args.num_classes)
         return Images(numbers, numbers, numbers, read)
     if is_digits:
-        return digits(args.image_size)
+        return digits(args.image_size, args.seed)
     rows, column, labels = open_saved(args.data_path, args.num_classes)
     numbers = range(len(labels))
     if args.sampling == "autoregressive" and not args.extract_codes:
@@ -44,8 +44,8 @@ def load_data(args, is_digits, T):
     return Images(numbers, labels, numbers, read)
 
 
-def digits(size=8, part="train"):
-    data = getattr(vision_data.digits(size), part)
+def digits(size, seed, split="train"):
+    data = getattr(vision_data.digits(size, seed), split)
     data.images = data.images * 2 - 1
     return data
 
@@ -131,7 +131,7 @@ def batches(data, batch_size, seed, start, steps, num_workers, rank, world):
     index = (step_index(len(data), batch_size, seed, s).tolist()[rank::world] for s in range(start, steps))
     for step, (x, labels) in enumerate(read(data, index, num_workers), start):
         if x[0].dim() == 2:
-            draws = torch.rand(batch_size, generator=step_generator(-1 - seed, -step))[rank::world].tolist()
+            draws = torch.rand(batch_size, generator=step_generator(seed, step, "data"))[rank::world].tolist()
             x = [codes[int(u * len(codes))] for codes, u in zip(x, draws)]
         yield torch.stack(x), labels
 

@@ -3,22 +3,27 @@
 The digits' models are trained here once, in --out. Left out: LlamaGen's own training, perceptual rewards.
 Run: python -m vision.c2i_grpo
 """
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from utils import checkpoint, dist
 from utils.cli import atomic_write, die, need
+from utils.device import write_run_record
 from utils.rewards import checked, load_reward
+from utils.run import step_generator
 from vision.c2i.data import digits
-from vision.cnn import build
+from vision.cnn import Classifier, build
 from vision.data import standard, step_index
 from vision.c2i.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig
 from vision.c2i.sampling import check_sampling
 from vision.c2i.vq import VQS, VQConfig, VQModel, load_official
 
+TESTED = ["accuracy", "frechet"]  # by the judge of the test, at the end of a run
 GPTS = {**IMAGE_GPTS, "digits": ImageGPTConfig(64, 3, 4, 64, 16, 10, multiple_of=32)}
 TOKENIZERS = {**VQS, "digits": VQConfig(16, (1, 2), 32, 64, 4)}
 # A field of Args that is None gets its value here: LlamaGen's, or the digits'.
@@ -69,15 +74,16 @@ def resolve(args):
 
 # ---- models ----
 def load_models(args, is_digits, device):
-    """-> tokenizer, GPT, classifier of the reward, judge: from files or trained here. None: not needed."""
-    torch.manual_seed(args.seed)
+    """-> tokenizer, GPT, classifier of the reward or None, judges: from files or trained here."""
+    torch.manual_seed(step_generator(args.seed, 0, "start").initial_seed())
     vq = VQModel(replace(TOKENIZERS[args.vq_model], codebook_size=args.codebook_size,
                          codebook_dim=args.codebook_embed_dim))
     config = replace(GPTS[args.gpt_model], vocab_size=args.codebook_size, num_classes=args.num_classes,
                      block_size=(args.image_size // args.downsample_size) ** 2)
-    classifier = judge = None
+    classifier, judges = None, []
     if is_digits:
-        gpt, classifier, judge = train_on_digits(args, vq, config)
+        gpt, classifier = train_on_digits(args, vq, config)
+        judges = [train_judge(args, split, device) for split in ("val", "test")]
     else:
         load_official(vq, args.vq_ckpt)
         gpt = load_gpt(args, config)
@@ -85,10 +91,10 @@ def load_models(args, is_digits, device):
             print(f"no --gpt-ckpt: {args.gpt_model}'s weights are random")
         if args.reward == "classifier":
             classifier = build(args.classifier, args.num_classes, args.classifier_weights)
-    for frozen in (vq, classifier, judge):
+    for frozen in (vq, classifier):
         if frozen is not None:
             frozen.to(device).eval().requires_grad_(False)
-    return vq, gpt.to(device).eval(), classifier, judge
+    return vq, gpt.to(device).eval(), classifier, judges
 
 
 def load_gpt(args, config):
@@ -107,25 +113,40 @@ def load_gpt(args, config):
 
 
 def train_on_digits(args, vq, config):
-    """Trains the tokenizer -> GPT, classifier of the reward, judge, all trained but a GPT of --gpt-ckpt."""
-    x, y = digits(args.image_size).images, digits(args.image_size).targets
+    """Trains the tokenizer -> GPT, classifier of the reward, both trained but a GPT of --gpt-ckpt."""
+    train = digits(args.image_size, args.seed)
+    x, y = train.images, train.targets
     with torch.no_grad():  # the codebook starts on the data: a code far from all images would stay unused
         vectors = vq.embed(x[:args.codebook_size]).flatten(0, 2)
         vq.quantize.embedding.weight.copy_(vectors[torch.randperm(len(vectors))[:args.codebook_size]])
-    fit(args, "vq", vq, args.vq_steps, lambda i: vq.loss(x[i]))
+    fit(args, "vq", vq, args.vq_steps, len(x), lambda i: vq.loss(x[i]))
     gpt = load_gpt(args, config)
     if not args.gpt_ckpt:
         with torch.no_grad():
             codes = vq.encode(x).flatten(1)  # (N, T)
-        fit(args, "gpt", gpt, args.gpt_steps, lambda i: F.cross_entropy(
+        fit(args, "gpt", gpt, args.gpt_steps, len(x), lambda i: F.cross_entropy(
             gpt(codes[i, :-1], y[i]).flatten(0, 1), codes[i].flatten()))
-    classifiers = {name: build("small", 10, "none") for name in ("reward", "judge")}
-    for name, net in classifiers.items():
-        fit(args, name, net, args.classifier_steps, lambda i: F.cross_entropy(net((x[i] + 1) / 2), y[i]))
-    return gpt, classifiers["reward"], classifiers["judge"]
+    net = build("small", 10, "none")
+    fit(args, "reward", net, args.classifier_steps, len(x),
+        lambda i: F.cross_entropy(net((x[i] + 1) / 2), y[i]))
+    return gpt, net
 
 
-def fit(args, name, model, steps, loss):
+def train_judge(args, split, device):
+    """-> a perceptron that learnt that split's digits, and these (N, 3, H, W) in 0 … 1.
+
+    The reward's CNN is of another architecture and saw other digits. Each of the two splits has a judge.
+    """
+    own = digits(args.image_size, args.seed, split)
+    x = (own.images + 1) / 2
+    layers = nn.Flatten(), nn.Linear(x[0].numel(), 128), nn.ReLU(), nn.Linear(128, 10)
+    judge = Classifier(nn.Sequential(*layers), 10)
+    fit(args, f"judge_{split}", judge, args.classifier_steps, len(x),
+        lambda i: F.cross_entropy(judge(x[i]), own.targets[i]))
+    return judge.to(device).requires_grad_(False), x.to(device)
+
+
+def fit(args, name, model, steps, n, loss):
     """Trains a model of the digits. OUT/digits/NAME-s{seed}.pth keeps it for runs with equal flags."""
     path = Path(args.out) / "digits" / f"{name}-s{args.seed}.pth"
     made_of = {k: getattr(args, k) for k in ("image_size", "codebook_size", "codebook_embed_dim", "vq_model",
@@ -137,7 +158,7 @@ def fit(args, name, model, steps, loss):
     print(f"training the digits' {name}, {steps} steps")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     for step in range(steps):
-        loss(step_index(1438, 64, args.seed, step)).backward()
+        loss(step_index(n, 64, args.seed, step)).backward()
         optimizer.step()
         optimizer.zero_grad()
     checkpoint.write(path, name, made_of=made_of, model=model.state_dict())
@@ -181,17 +202,18 @@ def frechet(a, b):
 
 
 @torch.no_grad()
-def judged(images, labels, judge):
+def judged(images, labels, judge, real):
     """-> {accuracy, diversity, frechet} of images (N, 3, H, W), labels (N,); the judge is never a reward.
 
-    frechet is the distance to the training digits in the judge's features. diversity is the RMS difference
-    of two images of a class, the mean over pairs, then over classes.
+    frechet is the distance to the judge's own digits in its features, with equal numbers of both. diversity
+    is the RMS difference of two images of a class, the mean over pairs, then over classes.
     """
     spread = [F.pdist(images[labels == c].flatten(1)).mean() for c in labels.unique()]
-    real = (digits(images.shape[-1]).images.to(images.device) + 1) / 2
+    n = min(len(images), len(real))
+    some = images[torch.linspace(0, len(images) - 1, n).long()]  # of all classes alike
     return {"accuracy": (judge(images).argmax(1) == labels).float().mean().item(),
             "diversity": torch.stack(spread).mean().item() / images[0].numel() ** 0.5,
-            "frechet": frechet(judge.features(images), judge.features(real))}
+            "frechet": frechet(judge.features(some), judge.features(real[:n]))}
 
 
 def picture(path, images, rows):
@@ -202,17 +224,35 @@ def picture(path, images, rows):
     return path
 
 
-def report(args, log, steps, before, after, judge):
+def before_and_after(path, *both):
+    """Writes two grids as a PNG, a row a class; both: images (10 · n, 3, H, W) in 0 … 1, sorted by class."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(8, 4.2), layout="constrained")
+    for ax, title, images in zip(fig.subplots(1, 2), ("before", "after"), both):
+        tiles = F.pad(images.unflatten(0, (10, -1))[:, :10], (0, 1, 0, 1), value=1.0)  # with gaps between
+        ax.imshow(tiles.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu())
+        middles = [(c + 0.5) * tiles.shape[-1] - 1 for c in range(10)]
+        ax.set(title=title, ylabel="class", xticks=[], yticks=middles, yticklabels=range(10))
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=130)
+    atomic_write(path, buffer.getvalue())
+    return path
+
+
+def report(args, log, steps, before, after, judges, **record):
     """Closes the CSV. On digits: its last row, a table, and a picture of each class before and after."""
-    if judge is not None:
-        log.write(step=steps, **after[0])
-        val, device = digits(args.image_size, "val"), after[1].device
-        real = judged((val.images.to(device) + 1) / 2, val.targets.to(device), judge)
-        print(f"{'':12}{'accuracy':>10}{'diversity':>11}{'Fréchet':>9}")
-        for name, row in (("before", before[0]), ("after", after[0]), ("real digits", real)):
-            print(f"{name:12}{row['accuracy']:>10.1%}{row['diversity']:>11.3f}{row['frechet']:>9.2f}")
-        first, last = (images.unflatten(0, (10, -1))[:, :10] for _, images in (before, after))
-        both = torch.cat([first, torch.ones_like(first[:, :1]), last], 1).flatten(0, 1)  # with a gap between
-        print(f"wrote {picture(Path(args.log).with_suffix('.png'), both, 10)}")
+    if judges:
+        val, device = digits(args.image_size, args.seed, "val"), after[1].device
+        labels = torch.arange(10, device=device).repeat_interleave(args.eval_images)
+        rows = {"before": before[0], "after": after[0]}
+        rows |= {f"test, {name}": judged(images, labels, *judges[1]) for name, (_, images) in
+                 (("before", before), ("after", after))}
+        rows["test, real digits"] = judged(judges[0][1], val.targets.to(device), *judges[1])
+        log.write(step=steps, **after[0], **{f"test_{name}": rows["test, after"][name] for name in TESTED})
+        write_run_record(args.log, args, **record, measured=rows)
+        print(f"{'':18}{'accuracy':>10}{'diversity':>11}{'Fréchet':>9}")
+        for name, row in rows.items():
+            print(f"{name:18}{row['accuracy']:>10.1%}{row['diversity']:>11.3f}{row['frechet']:>9.2f}")
+        print(f"wrote {before_and_after(Path(args.log).with_suffix('.png'), before[1], after[1])}")
     log.close()
     print(f"wrote {args.log}" + f" and {args.out}/{steps:07d}" * bool(args.save_every))

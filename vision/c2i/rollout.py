@@ -68,10 +68,10 @@ def score_part(model, args, rollout, part):
 def evaluate(model, args, vq, judge, score_images):
     """On digits: what a judge measures on the model's images, and these images, a class after the other."""
     labels = torch.arange(10, device=next(vq.parameters()).device).repeat_interleave(args.eval_images)
-    generator = step_generator(args.seed, 10**6)  # the draws are the same at every call
+    generator = step_generator(args.seed, 0, "evaluation")  # the draws are the same at every call
     uniforms = torch.rand(len(labels), 1, (args.image_size // args.downsample_size) ** 2, generator=generator)
     images = decode(vq, roll_out(model, args, labels, uniforms).codes.flatten(0, 1))
-    measures = judged(images, labels, judge)
+    measures = judged(images, labels, *judge)
     if args.reward != "mse":
-        measures["eval_r"] = score_images(images, labels, None).mean()
+        measures["eval_r"] = score_images(images, labels, None).mean().item()
     return measures, images

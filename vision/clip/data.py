@@ -11,18 +11,18 @@ from utils.cli import die, need
 from vision import rewards
 from vision.bandit import class_reward
 from vision.clip import model as clip_model
-from vision.data import batches, load_classes, read_class
+from vision.data import SPLITS, batches, load_classes, read_class
 
 STARTS = "out/clip"  # the folder of the small CLIP's starts
-MEASURES = ["top1", "top5", "top1_other_templates", "top1_rotated"]  # on held-out images
+MEASURES = ["top1", "top5", "top1_other_templates", "top1_rotated"]  # of a split
 
 
 # ---- the model, the images and their classes ----
 def load(args):
     """-> CLIP, its config, Data with words for classes, whether digits, two sets of templates."""
     dataset = args.dataset or ("cifar100" if args.model else "digits")
-    digits, is_folder = dataset == "digits", dataset not in ("digits", "cifar100")
-    if not args.model and not digits:
+    digits, is_folder = dataset in SPLITS, dataset not in (*SPLITS, "cifar100")
+    if not args.model and dataset != "digits":
         die(f"--dataset {dataset}: without --model there is only a small CLIP of digits. Add "
             f"--model (a file, or one of {', '.join(clip_model.SIZES)})")
     if dataset == "cifar100" and args.data_path:
@@ -33,10 +33,10 @@ def load(args):
     else:
         model, config = clip_model.digits_start(STARTS, args.seed, args.start_accuracy)
     size = config["image_resolution"]
-    data = load_classes(root, size, normalise=False)
+    data = load_classes(root, size, False, args.seed)
     if is_folder:
         as_clip_does = functools.partial(read_class, size, False, shorter=size, by="bicubic")
-        data.train.read = data.val.read = as_clip_does
+        data.train.read = data.val.read = data.test.read = as_clip_does
     data.classes = class_words(data.classes, root, args.classnames)
     usual, other = clip_model.TEMPLATES, clip_model.OTHER_TEMPLATES
     if digits:
@@ -59,7 +59,7 @@ def class_words(classes, dataset, names_file=""):
         if twins := sorted({word for word in words if words.count(word) > 1}):
             print(f"warning: several classes are called {', '.join(twins[:5])}: CLIP can't tell them apart")
         return words
-    if dataset == "digits":
+    if dataset in SPLITS:
         return list(clip_model.DIGITS)
     wnids = [name for name in classes if re.fullmatch(r"n\d{8}", name)]
     if wnids and len(wnids) == len(classes) == 1000:  # sorted they are in the order of ImageNet's class list
@@ -87,10 +87,10 @@ def reward_function(args, words, text):
 
 
 @torch.no_grad()
-def evaluate(encoder, val, text, other_text, digits, **reading):
-    """Held out -> {measure: share}, [a class's accuracy], the classes named; digits also turned by 25°."""
+def evaluate(encoder, part, text, other_text, digits, **reading):
+    """A split -> {measure: share}, [a class's accuracy], the classes named; digits also turned by 25°."""
     right, labels, named = {name: [] for name in MEASURES}, [], []
-    for images, label, _ in batches(val, 128, **reading):
+    for images, label, _ in batches(part, 128, **reading):
         features, label = encoder(images), label.to(text.device)
         labels.append(label)
         best = (features @ text.T).topk(min(5, len(text)), dim=1).indices

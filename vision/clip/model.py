@@ -56,7 +56,7 @@ def load_clip(name, weights="openai", seed=0):
         die(f"--model {name!r} is neither a file nor known: wanted one of {', '.join(SIZES)}")
     if weights == "openai":
         return from_file(download(name))
-    torch.manual_seed(seed)
+    torch.manual_seed(step_generator(seed, 0, "start").initial_seed())
     return build(config_of(SIZES[name]))
 
 
@@ -139,8 +139,8 @@ def digits_start(folder, seed=0, accuracy=0.72, max_steps=1000):
     path = Path(folder) / f"start-s{seed}-{accuracy:g}.pth"
     if path.is_file():
         return from_file(path)
-    clip, train = clip_package(), digits(SMALL[1]).train
-    torch.manual_seed(seed)
+    clip, train = clip_package(), digits(SMALL[1], seed).train
+    torch.manual_seed(step_generator(seed, 0, "start").initial_seed())
     model, config = build(config_of(SMALL, context_length=24))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
     templates = (*DIGIT_TEMPLATES, *OTHER_DIGIT_TEMPLATES)
@@ -154,7 +154,8 @@ def digits_start(folder, seed=0, accuracy=0.72, max_steps=1000):
             if right.float().mean() >= accuracy:
                 break
         index = step_index(len(images), 64, seed, step)
-        choice = torch.randint(len(templates), (len(index),), generator=step_generator(seed, step))
+        generator = step_generator(seed, 1 + step, "start")
+        choice = torch.randint(len(templates), (len(index),), generator=generator)
         caption = train.targets[index] * len(templates) + choice
         pairs = (caption[:, None] == caption).float()
         pairs = pairs / pairs.sum(1, keepdim=True)

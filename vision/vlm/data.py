@@ -5,6 +5,7 @@ An answer's coordinates are those of the image after the processor's resize. `sc
 of the original image, as the solution's are. Left out: several boxes an example, rotated ones.
 """
 import functools
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 
 from utils import guard
 from utils.cli import die
+from utils.run import step_generator
 from vision import rewards
 from vision.data import open_rgb, to_tensor
 from vision.regions import digit_scenes, warn_of_units
@@ -116,17 +118,32 @@ def scenes(n, seed, split, side=112):
 
 
 def load_data(args, processor):
-    """-> training and held-out examples, from the files or of digit scenes."""
+    """-> training, validation and test examples, of files or digit scenes. An image is in one part."""
     if not args.data:
-        return scenes(3000, args.seed, "train"), scenes(args.eval_examples, args.seed, "test")
-    train = load_examples(args.data, args.images_root, processor)
-    if args.eval_data:
-        return train, load_examples(args.eval_data, args.images_root, processor)
-    images = list(dict.fromkeys(row["image"] for row in train))
-    if len(images) < 2:
-        die(f"{args.data} has examples of one image: wanted two (a tenth is held out), or --eval_data")
-    held_out = images[-max(1, len(images) // 10):]  # an image is never in both parts
-    return [[row for row in train if (row["image"] in held_out) == part] for part in (False, True)]
+        n = args.eval_examples
+        return [scenes(k, args.seed, split) for k, split in ((3000, "train"), (n, "val"), (n, "test"))]
+    paths = [path for path in (args.data, args.eval_data, args.test_data) if path]
+    parts = [load_examples(path, args.images_root, processor) for path in paths]
+    if len(paths) < 3:  # the last file gives the parts that have no file
+        parts[-1:] = by_image(parts[-1], 4 - len(paths), args.seed, paths[-1])
+    for one, other in itertools.combinations([{row["image"] for row in part} for part in parts], 2):
+        if one & other:
+            die(f"{min(one & other)} is in two of {', '.join(paths)}: wanted each image in one of them")
+    return parts
+
+
+def by_image(examples, n_parts, seed, path):
+    """examples in two halves or three parts of 8, 1 and 1 tenths. The seed draws their images."""
+    images = list(dict.fromkeys(row["image"] for row in examples))
+    share = len(images) // 2 if n_parts == 2 else max(1, len(images) // 10)
+    sizes = [len(images) - share * (n_parts - 1), *[share] * (n_parts - 1)]
+    if min(sizes) < 1:
+        die(f"{path} has examples of {len(images)} images: wanted {n_parts} at least, since it is split. "
+            "Add images, or give --eval_data and --test_data")
+    print(f"{path}: its {len(images)} images are split, {' + '.join(map(str, sizes))}, the last for the test")
+    order = torch.randperm(len(images), generator=step_generator(seed, 0, "split"))
+    drawn = [{images[i] for i in part} for part in order.split(sizes)]
+    return [[row for row in examples if row["image"] in part] for part in drawn]
 
 
 def load_examples(path, root, processor):

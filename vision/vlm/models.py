@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.cli import die, need, writing
+from utils.run import step_generator
 from vision.data import step_index
 from vision.vlm.data import Scorer, picture
 
@@ -162,7 +163,7 @@ def score(model, inputs, answers, mask, temperature):
 
 def supervise(examples, steps, lr, seed, device, until=1.0):
     """-> the tiny model, trained to say the centres of boxes as "067,046", and its processor."""
-    torch.manual_seed(seed)
+    torch.manual_seed(step_generator(seed, 0, "start").initial_seed())
     processor = tiny_processor()
     model = tiny_model(processor.tokenizer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)

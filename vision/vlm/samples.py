@@ -8,7 +8,9 @@ from answers import Answers
 from grpo import group_advantage
 from samples import append
 from utils.cli import beside
+from utils.run import step_generator
 from utils.text import Prompts
+from vision.vlm.data import Scorer
 from vision.vlm.models import generate, inputs_of, score
 
 
@@ -26,9 +28,10 @@ class Samples:
             return
         rows = torch.arange(K).repeat_interleave(G).tolist()
         self.inputs = inputs_of(p.processor, [p.held_out[i] for i in rows], p.device)
-        torch.manual_seed(args.seed * 1_000_003 + 10**6 + 1)
+        torch.manual_seed(step_generator(args.seed, 0, "evaluation").initial_seed())
         tokens, mask, texts = generate(policy, self.inputs, p.processor, args.max_new, args.temperature)
-        reward = torch.tensor(p.judge(texts, rows)).view(K, G)
+        scorer = Scorer(p.held_out, p.scorer.weights, p.scorer.custom)
+        reward = torch.tensor(scorer(texts, rows)).view(K, G)
         prompts = Prompts(None, None, [p.held_out[i]["prompt"] for i in rows], {})
         self.answers = Answers(tokens.view(K, G, -1), None, mask.view(K, G, -1), None, prompts, texts,
                                slice(0, K), K)
