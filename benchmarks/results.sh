@@ -143,7 +143,7 @@ if want cnn; then
 fi
 lite0() { name=$1; shift
   $python -m vision.cnn_grpo --overwrite --model efficientnet-lite0 --img_size 48 --batch_size 16 --group_size 64 --sft_images 0 \
-    --aux_ce_coef 0 --eval_every 1000 --eval_images 400 --seed "$seed" --log results/lite0/$name-s"$seed".csv \
+    --aux_ce_coef 0 --eval_every 1000 --eval_images 250 --seed "$seed" --log results/lite0/$name-s"$seed".csv \
     --out out/r-lite0-$name-s"$seed" "$@" > /dev/null; }
 if want lite0; then  # published weights and random ones: the head, all weights, the head and then all; rates from seed 10
   $python benchmarks/photographs.py --log results/lite0/photographs.csv
