@@ -4,6 +4,7 @@ Oracles: what five photographs show, the network as its package builds and loads
 """
 import importlib.metadata
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -106,12 +107,15 @@ def test_a_new_head_where_the_classes_differ():
 
 def test_a_folder_is_read_as_the_weights_were_trained(folder, monkeypatch):
     """Pixels stay in 0 … 1, since the network takes off 127 and 128; the resizing is bicubic."""
-    seen = {}
-    monkeypatch.setattr(cnn_grpo, "load_classes", lambda root, size, **how: seen.update(how, size=size) or
-                        load_classes(root, size, **how))
+    seen = []
+
+    def spy(root, size, *how):
+        seen.extend([size, *how])
+        return load_classes(root, size, *how)
+    monkeypatch.setattr(cnn_grpo, "load_classes", spy)
     args = cnn_grpo.Args(data_root=str(colours(folder / "d")), model=lite0.LITE0, eval_images=2)
     data, _ = cnn_grpo.load(args, "cpu")
-    assert seen == {"size": 224, "normalise": False, "by": "bicubic"} and not data.normalised
+    assert seen == [224, False, 0, "bicubic"] and not data.normalised
     image, *_ = data.train[0]
     assert image.shape == (3, 224, 224) and image[:, 0, 0].tolist() == [1, 0, 0]
 
@@ -194,3 +198,22 @@ def test_weights_that_are_damaged(folder, monkeypatch, capsys):
             return folder / "w.pth"
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Distribution())
     refused(capsys, lambda: cnn.build(lite0.LITE0, 2, "default"), "not the published file (18,826,031 bytes)")
+
+
+# ---- the table of the page ----
+def test_the_table_by_hand(folder, capsys):
+    """Two seeds of a run of two parts: before is the first part's, after the last one's, seconds add up."""
+    spec = importlib.util.spec_from_file_location("head_first", ROOT / "benchmarks" / "head_first.py")
+    head_first = sys.modules["head_first"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(head_first)
+    refused(capsys, lambda: cli(head_first, "--folder", "."), "results.sh lite0")
+    for seed, tops in ((0, (0.1, 0.4, 0.8)), (1, (0.2, 0.5, 0.9))):
+        for part, before, after in (("first", *tops[:2]), ("then", *tops[1:])):
+            stem = folder / f"{part}-random-mnist5k-s{seed}"
+            record = {"test_before": {"top1": before}, "test_after": {"top1": after}}
+            stem.with_suffix(".json").write_text(json.dumps(record))
+            stem.with_suffix(".csv").write_text(f"step,seconds\n0,1\n1,{2 + seed}\n")
+    (folder / "head-random-mnist5k-s0.json").write_text("{}")  # a run that was cut short
+    cli(head_first, "--folder", ".")
+    row = "| mnist5k | random | the head, then all weights | 15.0 ± 7.1 % | 85.0 ± 7.1 % | 5 | 2 |"
+    assert capsys.readouterr().out.splitlines()[2:] == [row]
