@@ -194,7 +194,7 @@ def main(args):
         return numbers
 
     about = {"config": config, "words": words, "templates": list(templates)}
-    before = measure(reference)
+    before, test_before = measure(reference), measure(reference, data.test)
     loader = batches(data.train, args.batch_size, args.seed, run.start, steps, **reading)
     for step, (images, label, names) in zip(run.steps(), loader):
         held_out = {}
@@ -251,10 +251,10 @@ def main(args):
 
     if args.save_model:
         export(args, model, visual, **about)
-    after, *tested = measure(policy), measure(reference, data.test), measure(policy, data.test)
+    after, test_after = measure(policy), measure(policy, data.test)
     run.record["class_accuracy"] = {word: {"before": old, "after": new} for word, old, new in
-                                    zip(words, tested[0][1], tested[1][1])}
-    report(run, data, [before[::2], after[::2]], [row[::2] for row in tested],
+                                    zip(words, test_before[1], test_after[1])}
+    report(run, data, [before[::2], after[::2]], [test_before[::2], test_after[::2]],
            {name: name for name in before[0]},
            ["mean_r", "top1", "kl", "entropy_norm"] if args.plot_metrics else [],
            [f"{args.out}/policy.pth"] if args.save_model else [])

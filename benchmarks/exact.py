@@ -53,11 +53,10 @@ class Args:
 
 def start(seed):
     """The start of cnn_grpo.py on digits: a small CNN that saw three labelled images a class."""
-    data = digits(8)
-    data.val = data.val.sample(len(data.val), step_generator(0, 0))
-    torch.manual_seed(seed)
+    data = digits(8, seed)
+    torch.manual_seed(step_generator(seed, 0, "start").initial_seed())
     policy = build("small", len(data.classes), "none")
-    few = data.train.sample(3, step_generator(seed, 10**6), each_class=True)
+    few = data.train.sample(3, step_generator(seed, 1, "start"), each_class=True)
     for _, images, label in supervised_steps(policy, few, 60, seed):
         F.cross_entropy(policy(images), label).backward()
     return data, policy
@@ -84,15 +83,17 @@ def gradient(policy, loss):
 
 
 def train(name, seed, args):
-    """One method from the seed's start; a CSV with the expected reward π(label) every few steps."""
+    """One method from the seed's start; a CSV with the expected reward π(label) every few steps.
+
+    The columns mean_r and top1 are of the validation images. The last row has the test's.
+    """
     method, G = METHODS[name]
     data, policy = start(seed)
     ref = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     path = f"{args.out}/{name.replace(' ', '_')}-s{seed}.csv"
-    log = Log(path, [*SHARED, "samples", "seconds", "top1"], args.steps)
+    log = Log(path, [*SHARED, "samples", "seconds", "top1", "test_r", "test_top1"], args.steps)
     write_run_record(log.path, args, method=method, G=G)
-    held, labels, _ = next(batches(data.val, len(data.val)))
     seconds = 0.0
     for step, (images, label, _) in enumerate(batches(data.train, args.batch_size, seed, 0, args.steps)):
         clock = time.perf_counter()
@@ -101,16 +102,24 @@ def train(name, seed, args):
         loss.backward()
         seconds += time.perf_counter() - clock
         if step % args.eval_every == 0:
-            with torch.no_grad():
-                logp, logp_ref = policy(held).log_softmax(1), ref(held).log_softmax(1)
-            log.write(step=step, loss=loss, mean_r=logp.exp().gather(1, labels[:, None]).mean(),
-                      kl=exact_kl(logp, logp_ref).mean(), entropy=entropy(logp).mean(),
-                      token_adv=None if adv is None else adv.abs().mean(), seconds=seconds,
-                      samples=None if adv is None else (step + 1) * adv.numel(),
-                      top1=(logp.argmax(1) == labels).float().mean())
+            log.write(step=step, loss=loss, token_adv=None if adv is None else adv.abs().mean(),
+                      samples=None if adv is None else (step + 1) * adv.numel(), seconds=seconds,
+                      **measured(policy, ref, data.val))
         optimizer.step()
         optimizer.zero_grad()
+    test = measured(policy, ref, data.test)
+    log.write(step=args.steps, test_r=test["mean_r"], test_top1=test["top1"],
+              **measured(policy, ref, data.val))
     log.close()
+
+
+@torch.no_grad()
+def measured(policy, ref, part):
+    """On a split: the expected reward π(label), the exact KL, the entropy, the accuracy of the arg-max."""
+    images, label, _ = next(batches(part, len(part)))
+    logp, logp_ref = policy(images).log_softmax(1), ref(images).log_softmax(1)
+    return {"mean_r": logp.exp().gather(1, label[:, None]).mean(), "kl": exact_kl(logp, logp_ref).mean(),
+            "entropy": entropy(logp).mean(), "top1": (logp.argmax(1) == label).float().mean()}
 
 
 def cosines(seed, args):
@@ -131,7 +140,7 @@ def cosines(seed, args):
 
 
 def figure(args):
-    """Left: expected reward, held out, against steps; right: cosine against G. Bands: std over seeds."""
+    """Left: expected reward, on validation, against steps; right: cosine against G. Bands: std over seeds."""
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):
@@ -149,7 +158,7 @@ def figure(args):
                 ax.plot(x, mean, label=name.removeprefix("cosine_").replace("_", " "), **style)
                 ax.fill_between(x, mean - std, mean + std, color=COLORS[i % 7], alpha=0.15, linewidth=0)
             ax.legend(fontsize=8)
-        left.set(xlabel="step", ylabel="expected reward, held out", title="same start, same steps")
+        left.set(xlabel="step", ylabel="expected reward, validation", title="same start, same steps")
         right.set(xlabel="G, answers an image", ylabel="cosine with the exact gradient",
                   title="one batch's gradient at the start")
         right.set_xscale("log", base=2)

@@ -173,7 +173,8 @@ def test_exact_writes_its_csvs_and_its_figure(folder, capsys):
     starts = set()
     for name in exact.METHODS:
         header, rows = read_csv(folder / "exact" / f"{name.replace(' ', '_')}-s0.csv")
-        assert header[:6] == SHARED and [row["step"] for row in rows] == ["0", "2"]
+        assert header[:6] == SHARED and [row["step"] for row in rows] == ["0", "2", "4"]
+        assert [bool(row["test_top1"] and row["test_r"]) for row in rows] == [False, False, True]
         starts.add((rows[0]["mean_r"], rows[0]["top1"], rows[0]["kl"]))
         assert float(rows[1]["kl"]) > 0 and bool(rows[0]["token_adv"]) == ("G=" in name)
     assert len(starts) == 1 and starts.pop()[2] == "0"  # the same start for all
@@ -356,8 +357,9 @@ def test_a_reward_of_the_users(folder):
     words = ["--data_root", folder / "d", "--img_size", 16, "--steps", 1, "--batch_size", 6]
     rows = run(*words, "--reward", "mine.py:mine")
     asked = [json.loads(line) for line in open("asked.jsonl")]
-    assert [len(said) for said, _, _ in asked] == [18, 18, 24, 18]  # before, evaluation, step 0, after
-    said, prompts, label = asked[2]
+    # the start on validation and test, evaluation 0, step 0, the end on both
+    assert [len(said) for said, _, _ in asked] == [9, 9, 9, 24, 9, 9]
+    said, prompts, label = asked[3]
     assert set(said) <= {"c0", "c1", "c2"} and len(set(prompts)) == 6
     for i in range(24):
         assert Path(prompts[i]).parent.name == label[i] and prompts[i] == prompts[i // 4 * 4]
@@ -377,7 +379,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(more, folder, monkeypatch,
     words = [*SMALL, *more, "--reward", "mine.py:mine", "--steps", 6, "--lr", 1e-2]
     cli(cnn_grpo, *words, "--log", "whole.csv", "--out", "whole")
     parts = [*words, "--log", "parts.csv", "--out", "parts"]
-    monkeypatch.setenv("INTERRUPT_AT", "5")  # before, evaluation 0, steps 0 and 1, evaluation 2
+    monkeypatch.setenv("INTERRUPT_AT", "6")  # before twice, evaluation 0, steps 0 and 1, evaluation 2
     with pytest.raises(SystemExit) as left:
         cli(cnn_grpo, *parts)
     assert left.value.code == 130 and "--resume" in capsys.readouterr().out
@@ -399,7 +401,7 @@ def test_ctrl_c_names_a_command_that_works(folder):
     words = [*SMALL, "--reward", f"{folder}/mine.py:mine", "--steps", 4, "--log", f"{folder}/p.csv",
              "--out", f"{folder}/p"]
     first = subprocess.run([sys.executable, "-m", "vision.cnn_grpo", *map(str, words)], cwd=ROOT, text=True,
-                           env=helpers.environment(INTERRUPT_AT="4"), capture_output=True, timeout=300)
+                           env=helpers.environment(INTERRUPT_AT="5"), capture_output=True, timeout=300)
     assert first.returncode == 130, first.stderr
     goes_on = shlex.split(re.search(r"stopped and saved; go on with: (.+)", first.stdout)[1])
     assert goes_on == ["python", "-m", "vision.cnn_grpo", *map(str, words), "--resume"]

@@ -293,6 +293,10 @@ def test_axes_have_units(tmp_path):
              "tokens_per_s": "/ s", "mean_r": "reward"}
     assert all(unit in label[name] for name, unit in units.items())
     assert label["my_own"] == "my_own" and all(label.values())
+    of_clip = write(tmp_path / "clip.csv", step=[0, 1], kl=[0, 1], entropy=[0, 1], top1=[0, 1])
+    assert [ax.get_ylabel() for ax in drawn([of_clip], "kl", "entropy").axes] == ["KL to π₀ (nats)",
+                                                                                  "entropy (nats)"]
+    assert drawn([of_clip, a], "kl").axes[0].get_ylabel() == label["kl"] == "KL to π₀ (nats / token)"
 
 
 # ---- panels ----

@@ -274,7 +274,8 @@ def test_no_two_purposes_share_a_stream():
     purposes = ("draw", "dropout", "order", "flip", "evaluation", "start", "split", "data")
     steps = [*range(-100, 400), 10**6, 10**6 + 1]
     for seed in (0, 1, 7, 10**12):
-        seeds = [step_generator(seed, step, name).initial_seed() % 2**32 for name in purposes for step in steps]
+        seeds = [step_generator(seed, step, name).initial_seed() % 2**32
+                 for name in purposes for step in steps]
         assert len(set(seeds)) == len(seeds)
     first = [tuple(torch.rand(3, generator=step_generator(0, 0, name)).tolist()) for name in purposes]
     assert len(set(first)) == len(purposes)

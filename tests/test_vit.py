@@ -209,7 +209,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, monkeypatch, capsy
     (folder / "mine.py").write_text(SIGNAL_AT)
     words = ["--reward", folder / "mine.py:right", "--steps", 5, "--batch_size", 256]  # eval: one call
     cli(vit_grpo, *SMALL, *words, "--log", "logs/whole.csv", "--out", "out/whole")
-    monkeypatch.setenv("INTERRUPT_AT", "5")  # before, evaluation 0, steps 0 and 1, evaluation 2
+    monkeypatch.setenv("INTERRUPT_AT", "6")  # before twice, evaluation 0, steps 0 and 1, evaluation 2
     parts = [*SMALL, *words, "--log", "logs/parts.csv", "--out", "out/parts"]
     with pytest.raises(SystemExit) as left:
         cli(vit_grpo, *parts)

@@ -232,13 +232,25 @@ def test_a_file_of_other_tools(processor):
     assert {row["prompt"] for row in load_examples("a.jsonl", ".", processor)} == {"where\u2028is the 7?"}
 
 
-def test_an_image_is_never_in_both_parts(processor):
+def test_an_image_is_never_in_two_parts(processor, capsys):
     rows = json.loads(Path(user_file(12)).read_text())
     for i, row in enumerate(rows):
         row["image"] = f"{i % 4}.png"  # three questions about each
     Path("data.json").write_text(json.dumps(rows))
-    train, held_out = load_data(vlm_grpo.Args(data="data.json"), processor)
-    assert {row["image"] for row in held_out} == {"3.png"} and len(train) == 9
+    more = {"eval_data": user_file(10, "eval.json"), "test_data": user_file(3, "test.json")}
+    for name in more.values():  # they have images of their own
+        Path(name).write_text(Path(name).read_text().replace(".png", f".{name}.png"))
+        for i in range(10):
+            Path(f"{i}.{name}.png").write_bytes(Path(f"{i}.png").read_bytes())
+    for seed, files, sizes in ((0, {}, [6, 3, 3]), (1, {}, [6, 3, 3]), (0, more, [12, 10, 3]),
+                               (0, {"eval_data": "eval.json"}, [12, 5, 5])):
+        parts = load_data(vlm_grpo.Args(data="data.json", seed=seed, **files), processor)
+        images = [{row["image"] for row in part} for part in parts]
+        assert sum(map(len, images)) == len(set.union(*images)) and list(map(len, parts)) == sizes
+    assert "data.json: its 4 images are split, 2 + 1 + 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        load_data(vlm_grpo.Args(data="data.json", eval_data="data.json"), processor)
+    assert left.value.code == 2 and "is in two of data.json, data.json" in capsys.readouterr().err
 
 
 def test_boxes_in_another_unit_are_named(processor, capsys):
@@ -269,7 +281,7 @@ def test_bad_files(capsys, start, text, said):
 
 @pytest.mark.parametrize("more, count, said", [
     ({"completions": "x"}, 12, "the key 'completions'"), ({"prompts": "x"}, 12, "the key 'prompts'"),
-    ({}, 1, "examples of one image")])
+    ({}, 1, "examples of 1 images: wanted 3"), ({}, 2, "examples of 2 images: wanted 3")])
 def test_keys_and_counts_that_cannot_be(processor, capsys, more, count, said):
     rows = json.loads(Path(user_file(12)).read_text())[:count]
     Path("data.json").write_text(json.dumps([row | more for row in rows]))
@@ -421,7 +433,7 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(start, engine, monkey
     words = ["--model", start, "--engine", engine, "--data", user_file(12), "--reward", "mine.py:share_of_e"]
     whole = run(*words, "--out", "out/whole", log="whole.csv")
     assert len(whole) == 4 and whole[3]["accuracy"] and not whole[3]["loss"]
-    monkeypatch.setenv("KILL_AT_CALL", "3")  # before: an evaluation, at step 0 another
+    monkeypatch.setenv("KILL_AT_CALL", "4")  # before: two evaluations, at step 0 another
     monkeypatch.setenv("KILL_WITH", "SIGINT")
     with pytest.raises(SystemExit) as caught:
         run(*words, log="parts.csv")
@@ -535,6 +547,6 @@ def test_a_users_json_of_200_examples_trains_from_the_command_line(start):
              "--model", start, "--data", "data.json"]
     env = environment(PYTHONPATH=str(ROOT))
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "20 held-out examples" in done.stdout, done.stderr
+    assert done.returncode == 0 and "20 examples of validation" in done.stdout, done.stderr
     with open("logs/vlm.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 4

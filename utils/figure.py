@@ -174,9 +174,9 @@ def draw(fig, runs, curves_of, x="step", note=""):
     from matplotlib.lines import Line2D
     styles = {name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 5], "marker": MARKERS[i % 6]}
               for i, name in enumerate(runs)}
-    names = [f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name
+    names = [plain(f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name)
              for name, frames in runs.items()]
-    names = [plain(name) for name in names]
+    unit = "" if all("top1" in frame for frames in runs.values() for frame in frames) else " / token"
     columns = 2 if len(curves_of) == 4 else min(len(curves_of), 3)
     rows = -(-len(curves_of) // columns)
     width, height = (6.4, 3.66) if len(curves_of) == 1 else (3.5 * columns, 2.5 * rows + 0.36)
@@ -185,8 +185,8 @@ def draw(fig, runs, curves_of, x="step", note=""):
     fig.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
     fig.legend([Line2D([], [], markersize=4, **style) for style in styles.values()], names, ncols=fit,
                loc="outside upper left", borderaxespad=0.2, borderpad=0.2)
-    for i, (metric, drawn) in enumerate(curves_of.items()):
-        ax = fig.add_subplot(rows, columns, i + 1, ylabel=plain(LABELS.get(metric, metric)))
+    for i, (y, drawn) in enumerate(curves_of.items()):
+        ax = fig.add_subplot(rows, columns, i + 1, ylabel=plain(LABELS.get(y, y).replace(" / token", unit)))
         for name, curves in drawn.items():
             draw_run(ax, curves, styles[name], list(runs).index(name) / len(runs))
         if x in ("step", "samples", "tokens"):

@@ -140,7 +140,8 @@ def main(args):
     if state and state["classes"] != data.classes:
         die(f"--resume: {args.data_root} has other classes than {args.out}/state.pth: give the same images")
     reward_of = pick_reward(args.reward, args, data, ref, device)
-    before = evaluate(ref, ref, data.val, reward_of, args, device)
+    before, test_before = (evaluate(ref, ref, part, reward_of, args, device)
+                           for part in (data.val, data.test))
     run.record["before"] = before[0]
     about = {"classes": data.classes, "config": asdict(args)}
 
@@ -193,8 +194,8 @@ def main(args):
     after = evaluate(policy, ref, data.val, reward_of, args, device)
     keep_best(run, policy, best_file, "classifier", after[0], "top1", **about)
     run.save(args.steps)  # again, with the number of the best policy
-    tested = [evaluate(model, ref, data.test, reward_of, args, device) for model in (ref, policy)]
-    report(run, data, [before, after], tested,
+    test_after = evaluate(policy, ref, data.test, reward_of, args, device)
+    report(run, data, [before, after], [test_before, test_after],
            {"top1": "top-1", "top5": "top-5", "eval_r": f"reward ({args.reward})", "eval_kl": "KL, nats"},
            ["mean_r", "top1", "kl", "entropy"], [best_file])
 

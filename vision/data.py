@@ -1,6 +1,6 @@
 """Images and their classes in three splits: digits, image folders, CIFAR-100, and batches of them.
 
-A run learns from `train`, is watched and tuned on `val`, and sees `test` once, at its end. Nothing is drawn
+A run learns from `train`, is watched on `val`, and is measured on `test` once, at its end. Nothing is drawn
 while an image is loaded. So a step sees the same batch after a resume and with any number of workers.
 A flip is drawn by the loop, for the whole batch. Boxes and masks: regions.py.
 Left out: augmentation beyond the flip, streaming data sets.

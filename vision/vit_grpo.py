@@ -180,7 +180,7 @@ def main(args):
     best_file = f"{args.out}/best_vit_{args.task}_grpo.pt"
     run.hold(about, counts={"best": -1.0}, writes=[best_file], model=policy, ref=ref, optimizer=optimizer)
     reward_of = pick_reward(reward_name, args, data, ref, device)
-    before = evaluate(ref, ref, data.val, reward_of, args, run)
+    before, test_before = (evaluate(ref, ref, part, reward_of, args, run) for part in (data.val, data.test))
     run.record["before"] = before[0]
 
     loader = batches(data.train, B, args.seed, run.start, args.steps, args.num_workers, args.bad_images)
@@ -233,8 +233,8 @@ def main(args):
     after = evaluate(policy, ref, data.val, reward_of, args, run)
     keep_best(run, policy, best_file, "vit", after[0], metric, **about)
     run.save(args.steps)  # again, with the number of the best policy
-    tested = [evaluate(model, ref, data.test, reward_of, args, run) for model in (ref, policy)]
-    report(run, data, [before, after], tested,
+    test_after = evaluate(policy, ref, data.test, reward_of, args, run)
+    report(run, data, [before, after], [test_before, test_after],
            {metric: f"{metric}, dropout off", "eval_r": f"reward ({reward_name})", "eval_kl": "KL, nats"},
            ["mean_r", metric, "kl", "entropy"], [best_file])
 

@@ -30,7 +30,7 @@ from vision.data import step_index
 from vision.show import of_test
 from vision.vlm import models, samples
 from vision.vlm.data import Scorer, draw, load_data, picture, scenes
-from vision.vlm.models import generate, inputs_of, load_model, lora, save_folder, score
+from vision.vlm.models import generate, greedy, inputs_of, load_model, lora, save_folder, score
 
 MADE_BY = "python -m vision.vlm_grpo"
 COLUMNS = [*SHARED, "samples", "seconds", "length", "clip_frac", "grad_norm", "frac_zero_std", "unparsed",
@@ -91,8 +91,6 @@ def refuse(args):
             f"multiple of --group_size {args.group_size}")
     if args.engine == "nano" and (args.trl or world() > 1):
         die("--trl.NAME and several processes go with --engine trl only")
-    if args.test_data and not args.eval_data:
-        die(f"--test_data {args.test_data} goes with --eval_data, the examples of validation")
     if world() > 1 and not args.model:
         die("several processes need --model: one process makes the tiny one")
     if args.model and Path(args.out).resolve() in Path(args.model).resolve().parents:
@@ -128,19 +126,16 @@ class Progress:
                        **self.measures, unparsed=self.scorer.unparsed, peak_mem_mb=peak_mem_mb(self.device))
 
     def save(self, step, **parts):
-        if rank():  # rank 0 writes for all
-            return
-        checkpoint.write(f"{self.args.out}/state.pth", "state", step=step, seconds=self.seconds,
-                         args=asdict(self.args), inputs=dict(INPUTS),
-                         **{name: part.state_dict() for name, part in parts.items()})
+        if not rank():  # rank 0 writes for all
+            checkpoint.write(f"{self.args.out}/state.pth", "state", step=step, seconds=self.seconds,
+                             args=asdict(self.args), inputs=dict(INPUTS),
+                             **{name: part.state_dict() for name, part in parts.items()})
 
     def evaluate(self, model, examples):
         """Greedy answers to examples -> {accuracy, eval_r, eval_unparsed}, their texts."""
-        was_training, texts = model.training, []
+        was_training = model.training
         model.eval()  # gradient checkpointing would switch the cache off
-        for i in range(0, len(examples), 64):
-            inputs = inputs_of(self.processor, examples[i:i + 64], self.device)
-            texts += generate(model, inputs, self.processor, self.args.max_new)[2]
+        texts = greedy(model, self.processor, examples, self.args.max_new, self.device)
         model.train(was_training)
         judge = Scorer(examples, self.scorer.weights, self.scorer.custom)
         reward = judge(texts, range(len(texts)))
@@ -250,19 +245,16 @@ def main(args):
     batch = config.generation_batch_size if config else args.per_device_train_batch_size  # answers a step
     path = args.model or f"{args.out}/start"
     processor = models.load_processor(path) if args.model else models.tiny_processor()
-    train, *others = load_data(args, processor)
-    held_out, test = (part[:args.eval_examples] for part in others)
+    train, held_out, test = load_data(args, processor)
     if state:
         guard.same_inputs(state.get("inputs", {}), results[0])
     scorer = Scorer(train, {name: getattr(args, name) for name in WEIGHTS},
                     load_reward(args.reward, ()) if args.reward else None)
     stem = args.log.removesuffix(".csv")
     if args.preview:
-        texts = {}
-        if args.model:
-            inputs = inputs_of(processor, train[:10], device)
-            texts["answers"] = generate(load_model(path).to(device), inputs, processor, args.max_new)[2]
-        draw(f"{stem}_preview.png", train[:10], texts)
+        model = load_model(path).to(device) if args.model else None
+        texts = model and {"answers": greedy(model, processor, train[:10], args.max_new, device)}
+        draw(f"{stem}_preview.png", train[:10], texts or {})
         print(f"wrote {stem}_preview.png: green the truth, red what the model says")
         return
     B = batch // args.group_size
@@ -280,7 +272,8 @@ def main(args):
             save_folder(path, load_model(args.model), processor)
     order = torch.stack([step_index(len(train), B, args.seed, s) for s in range(args.steps)])  # (steps, B)
     progress = Progress(args, processor, held_out, scorer, batch, device, state)
-    before, _ = progress.evaluate(load_model(path).to(device), held_out)
+    start = load_model(path).to(device)
+    (before, _), (test_before, first_texts) = (progress.evaluate(start, part) for part in (held_out, test))
     record = {"device": str(device), "objective": asdict(objective), "before": before,
               "hf": {name: version(name) for name in ("transformers", *(["trl"] if config else []))}}
     write_run_record(args.log, args, **record)
@@ -291,17 +284,15 @@ def main(args):
     if progress.interrupt.asked:
         progress.log.close()
         progress.interrupt.leave(resume_command())
-    after, _ = progress.evaluate(policy, held_out)
-    (first, first_texts), (last, last_texts) = (progress.evaluate(model, test)
-                                                for model in (load_model(path).to(device), policy))
-    progress.log.write(step=args.steps, **after, **{of_test(name): value for name, value in last.items()})
+    (after, _), (test_after, last_texts) = (progress.evaluate(policy, part) for part in (held_out, test))
+    progress.log.write(step=args.steps, **after, **{of_test(name): v for name, v in test_after.items()})
     progress.log.close()
     guard.release()
-    write_run_record(args.log, args, **record, after=after, test_before=first, test_after=last)
+    write_run_record(args.log, args, **record, after=after, test_before=test_before, test_after=test_after)
     draw(f"{stem}_images.png", test[:10], {"before": first_texts, "after": last_texts})
-    for split, one, two in ((held_out, before, after), (test, first, last)):
-        gains = ", ".join(f"{name} {one[name]:.3f} -> {two[name]:.3f}" for name in ("accuracy", "eval_r"))
-        print(f"{len(split)} examples of {'test' if split is test else 'validation'}, greedy: {gains}")
+    for part, one, two in ((held_out, before, after), (test, test_before, test_after)):
+        gains = ", ".join(f"{key} {one[key]:.3f} -> {two[key]:.3f}" for key in ("accuracy", "eval_r"))
+        print(f"{len(part)} examples of {'the test' if part is test else 'validation'}, greedy: {gains}")
     print(f"{progress.seconds:.0f} s of training; wrote {args.log}, {stem}_images.png, {args.out}/final")
 
 

@@ -3,12 +3,12 @@
 The digits' models are trained here once, in --out. Left out: LlamaGen's own training, perceptual rewards.
 Run: python -m vision.c2i_grpo
 """
-import io
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 
 from utils import checkpoint, dist
@@ -23,7 +23,6 @@ from vision.c2i.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig
 from vision.c2i.sampling import check_sampling
 from vision.c2i.vq import VQS, VQConfig, VQModel, load_official
 
-TESTED = ["accuracy", "frechet"]  # by the judge of the test, at the end of a run
 GPTS = {**IMAGE_GPTS, "digits": ImageGPTConfig(64, 3, 4, 64, 16, 10, multiple_of=32)}
 TOKENIZERS = {**VQS, "digits": VQConfig(16, (1, 2), 32, 64, 4)}
 # A field of Args that is None gets its value here: LlamaGen's, or the digits'.
@@ -151,6 +150,7 @@ def fit(args, name, model, steps, n, loss):
     path = Path(args.out) / "digits" / f"{name}-s{args.seed}.pth"
     made_of = {k: getattr(args, k) for k in ("image_size", "codebook_size", "codebook_embed_dim", "vq_model",
                                             "vq_steps", "gpt_model", "gpt_steps", "classifier_steps")}
+    made_of["images"] = n
     content = checkpoint.load(path, name, "python -m vision.c2i_grpo", ("made_of",)) if path.is_file() else {}
     if content.get("made_of") == made_of:
         model.load_state_dict(content["model"])
@@ -226,16 +226,18 @@ def picture(path, images, rows):
 
 def before_and_after(path, *both):
     """Writes two grids as a PNG, a row a class; both: images (10 · n, 3, H, W) in 0 … 1, sorted by class."""
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(8, 4.2), layout="constrained")
-    for ax, title, images in zip(fig.subplots(1, 2), ("before", "after"), both):
-        tiles = F.pad(images.unflatten(0, (10, -1))[:, :10], (0, 1, 0, 1), value=1.0)  # with gaps between
-        ax.imshow(tiles.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu())
-        middles = [(c + 0.5) * tiles.shape[-1] - 1 for c in range(10)]
-        ax.set(title=title, ylabel="class", xticks=[], yticks=middles, yticklabels=range(10))
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=130)
-    atomic_write(path, buffer.getvalue())
+    tiles = F.interpolate(torch.cat(both), scale_factor=max(1, 32 // both[0].shape[-1]))
+    tiles = F.pad(tiles, (0, 2, 0, 2), value=1.0).unflatten(0, (2, 10, -1))[:, :, :10]  # with gaps between
+    side, n = tiles.shape[-1], tiles.shape[2]
+    sheet = Image.new("RGB", (2 * (n * side + 76), 10 * side + 24), "white")
+    pen = ImageDraw.Draw(sheet)
+    for title, grid, x in zip(("before", "after"), tiles, (72, n * side + 148)):
+        pen.text((x, 2), title, "black", font_size=16)
+        for c, row in enumerate(grid):  # (n, 3, side, side)
+            pen.text((x - 64, 24 + c * side + side // 4), f"class {c}", "black", font_size=16)
+            pixels = (row.permute(2, 0, 3, 1).flatten(1, 2) * 255).round().byte().cpu().numpy()
+            sheet.paste(Image.fromarray(pixels), (x, 24 + c * side))
+    atomic_write(path, lambda file: sheet.save(file, "png"))
     return path
 
 
@@ -244,11 +246,11 @@ def report(args, log, steps, before, after, judges, **record):
     if judges:
         val, device = digits(args.image_size, args.seed, "val"), after[1].device
         labels = torch.arange(10, device=device).repeat_interleave(args.eval_images)
-        rows = {"before": before[0], "after": after[0]}
-        rows |= {f"test, {name}": judged(images, labels, *judges[1]) for name, (_, images) in
-                 (("before", before), ("after", after))}
-        rows["test, real digits"] = judged(judges[0][1], val.targets.to(device), *judges[1])
-        log.write(step=steps, **after[0], **{f"test_{name}": rows["test, after"][name] for name in TESTED})
+        tested = judged(after[1], labels, *judges[1])
+        rows = {"before": before[0], "after": after[0],
+                "test, before": judged(before[1], labels, *judges[1]), "test, after": tested,
+                "test, real digits": judged(judges[0][1], val.targets.to(device), *judges[1])}
+        log.write(step=steps, **after[0], test_accuracy=tested["accuracy"], test_frechet=tested["frechet"])
         write_run_record(args.log, args, **record, measured=rows)
         print(f"{'':18}{'accuracy':>10}{'diversity':>11}{'Fréchet':>9}")
         for name, row in rows.items():

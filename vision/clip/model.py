@@ -136,7 +136,7 @@ def digits_start(folder, seed=0, accuracy=0.72, max_steps=1000):
 
     It stops at that zero-shot accuracy on 512 training images. Two images of equal captions are a pair, too.
     """
-    path = Path(folder) / f"start-s{seed}-{accuracy:g}.pth"
+    path = Path(folder) / f"start-{accuracy:g}-s{seed}.pth"
     if path.is_file():
         return from_file(path)
     clip, train = clip_package(), digits(SMALL[1], seed).train

@@ -119,8 +119,10 @@ def scenes(n, seed, split, side=112):
 
 def load_data(args, processor):
     """-> training, validation and test examples, of files or digit scenes. An image is in one part."""
+    if args.test_data and not args.eval_data:
+        die(f"--test_data {args.test_data} goes with --eval_data, the examples of validation")
+    n = args.eval_examples
     if not args.data:
-        n = args.eval_examples
         return [scenes(k, args.seed, split) for k, split in ((3000, "train"), (n, "val"), (n, "test"))]
     paths = [path for path in (args.data, args.eval_data, args.test_data) if path]
     parts = [load_examples(path, args.images_root, processor) for path in paths]
@@ -129,7 +131,7 @@ def load_data(args, processor):
     for one, other in itertools.combinations([{row["image"] for row in part} for part in parts], 2):
         if one & other:
             die(f"{min(one & other)} is in two of {', '.join(paths)}: wanted each image in one of them")
-    return parts
+    return parts[0], parts[1][:n], parts[2][:n]
 
 
 def by_image(examples, n_parts, seed, path):

@@ -152,6 +152,13 @@ def generate(model, inputs, processor, length, temperature=None):
     return answers, mask, texts
 
 
+def greedy(model, processor, examples, length, device):
+    """The likeliest answers' texts, 64 examples at a time."""
+    parts = [examples[i:i + 64] for i in range(0, len(examples), 64)]
+    return [text for part in parts
+            for text in generate(model, inputs_of(processor, part, device), processor, length)[2]]
+
+
 def score(model, inputs, answers, mask, temperature):
     """Log-probability of the answers' tokens and the policy's entropy there: two (N, T)."""
     inputs, T = with_answers(inputs, answers, mask), answers.shape[1]
@@ -179,7 +186,7 @@ def supervise(examples, steps, lr, seed, device, until=1.0):
         schedule.step()
         optimizer.zero_grad()
         if step % 10 == 9:
-            texts = generate(model, inputs_of(processor, examples[:128], device), processor, 8)[2]
+            texts = greedy(model, processor, examples[:128], 8, device)
             if Scorer.parts(texts, examples[:128])["accuracy_reward_coord"].mean() >= until:
                 break  # GRPO has something left to learn
     return model, processor
