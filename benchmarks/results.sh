@@ -151,6 +151,9 @@ if want lite0; then  # published weights and random ones: the head, all weights,
     done
   done
   rm -f results/lite0/*.png
+  $python benchmarks/head_first.py
+  $python plot.py --metric mean_r --smooth 10 --output results/lite0.png \
+    results/lite0/{all,head}-{published,random}-mnist5k-s?.csv
 fi
 if want exact; then
   $python benchmarks/exact.py  # also draws results/exact.png
