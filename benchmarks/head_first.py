@@ -41,7 +41,8 @@ def one_seed(folder, names):
 
 
 def mean_std(values):
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if values[1:] else f"{values[0]:.1f}"
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def main(args):

@@ -1,4 +1,4 @@
-"""Are the weights of EfficientNet-Lite0 the published ones? Photographs -> their five likeliest ImageNet classes.
+"""Are the weights of EfficientNet-Lite0 the published ones? Photographs -> five ImageNet classes each.
 
 The photographs ship in scikit-image's wheel and the classes' words in torchvision: nothing is downloaded.
 Each photograph is read in six ways. So the second table shows which preprocessing suits the weights.

