@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind the README and docs/: bash benchmarks/results.sh [micro|base|demo|tasks|shakespeare|objectives|reward|char|speed|learn|roofline|
-# scaling|cnn|exact|vit|clip|c2i|vlm|overopt]
+# scaling|cnn|lite0|exact|vit|clip|c2i|vlm|overopt]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -128,6 +128,32 @@ plot="$python plot.py --output"
 if want cnn; then
   sweep cnn $jobs
   $plot results/cnn.png --metric top1,eval_r results/cnn/{bandit,ce}-s?.csv
+fi
+lite0() { name=$1; shift
+  $python -m vision.cnn_grpo --overwrite --model efficientnet-lite0 --img_size 48 --batch_size 16 --group_size 64 --sft_images 0 \
+    --aux_ce_coef 0 --eval_every 1000 --eval_images 250 --seed "$seed" --log results/lite0/$name-s"$seed".csv \
+    --out out/r-lite0-$name-s"$seed" "$@" > /dev/null; }
+if want lite0; then  # published weights and random ones: the head, all weights, the head and then all; rates from seed 10
+  $python benchmarks/photographs.py --log results/lite0/photographs.csv
+  $python benchmarks/photographs.py --crops out/r-lite0-photographs
+  for seed in ${SEEDS:-0 1 2}; do
+    for data in mnist5k photographs; do
+      [ $data = mnist5k ] && root=mnist5k steps=100 half=50 || root=out/r-lite0-photographs steps=30 half=15
+      for start in published random; do
+        [ $start = published ] && weights=default rate=1e-4 || weights=none rate=1e-4
+        run=$start-$data
+        lite0 all-"$run" --data_root $root --weights $weights --lr $rate --steps $steps
+        lite0 head-"$run" --data_root $root --weights $weights --lr 1e-3 --steps $steps --head_only
+        lite0 first-"$run" --data_root $root --weights $weights --lr 1e-3 --steps $half --head_only
+        lite0 then-"$run" --data_root $root --weights out/r-lite0-first-"$run"-s"$seed"/best_efficientnet-lite0_grpo.pt \
+          --lr $rate --steps $half
+      done
+    done
+  done
+  rm -f results/lite0/*.png
+  $python benchmarks/head_first.py
+  $python plot.py --metric mean_r --smooth 10 --output results/lite0.png \
+    results/lite0/{all,head}-{published,random}-mnist5k-s?.csv
 fi
 if want exact; then
   $python benchmarks/exact.py  # also draws results/exact.png

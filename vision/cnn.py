@@ -1,4 +1,4 @@
-"""The networks of cnn_grpo.py: a small CNN, every torchvision classifier with a linear head, yolov8*-cls.
+"""The networks of cnn_grpo.py: a small CNN, torchvision's classifiers with a linear head, Lite0, yolov8*-cls.
 
 Left out: detection and segmentation models. ultralytics is AGPL-3.0 and is imported only for yolov8.
 """
@@ -13,6 +13,7 @@ from torch import nn
 
 from utils.checkpoint import FORMAT
 from utils.cli import die, impatient, need
+from vision.lite0 import LITE0, lite0
 
 YOLO = [f"yolov8{size}-cls" for size in "nsmlx"]
 
@@ -66,13 +67,15 @@ class Classifier(nn.Module):
 
 
 def build(name, n_classes, weights):
-    """weights: "default" (published ones, downloaded; none for `small`), "none" (random), or a file."""
-    if name not in ("small", *YOLO):
+    """weights: "default" (published ones; none for `small`), "none" (random), or a file."""
+    if name == LITE0:
+        net = lite0(published=weights == "default")
+    elif name not in ("small", *YOLO):
         models = need("torchvision.models", "vision")
         known = models.list_models(module=models)
         if name not in known:
-            die(f"--model {name!r} is unknown: wanted small, {YOLO[0]} … {YOLO[-1]}, or one of torchvision's "
-                f"classifiers, {', '.join(n for n in known if n.startswith('resnet'))} and others")
+            die(f"--model {name!r} is unknown: wanted small, {LITE0}, {YOLO[0]} … {YOLO[-1]}, or a classifier "
+                f"of torchvision, {', '.join(n for n in known if n.startswith('resnet'))} and others")
         net = models.get_model(name, weights=None)
         if weights == "default":
             net.load_state_dict(download(models.get_model_weights(name).DEFAULT))

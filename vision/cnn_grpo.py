@@ -24,6 +24,7 @@ from vision.bandit import (
     draw, entropy, exact_kl, frac_zero_std, keep_best, pick_reward, refuse_reward, supervised_steps)
 from vision.cnn import build
 from vision.data import SPLITS, batches, flip, load_classes
+from vision.lite0 import LITE0
 from vision.show import of_test, report
 
 MEASURES = ["eval_r", "top1", "top5", "eval_kl"]
@@ -52,7 +53,7 @@ class Args:
     seed: int = 0  # of the splits, the start, the batches and the draws
     # ---- the task ----
     data_root: str = "digits"  # digits, mnist5k, cifar100, or a folder with train/, val/ and, best, test/
-    model: str = "small"  # small, one of torchvision's (resnet50 …), yolov8n-cls to yolov8x-cls (AGPL-3.0)
+    model: str = "small"  # small, efficientnet-lite0, torchvision's (resnet50 …), yolov8n-cls … (AGPL-3.0)
     weights: str = "default"  # default: published ones (small has none); none: random; or a file
     sft_images: Annotated[int | None, AtLeast(0)] = None  # labels a class of the start; None: 3 on digits
     sft_steps: Annotated[int, AtLeast(0)] = 60  # supervised steps of the start
@@ -78,10 +79,11 @@ class Args:
 
 def load(args, device):
     """-> data and the start π₀, as weak or strong as its weights and --sft_images make it."""
-    digits, yolo = args.data_root in SPLITS, args.model.startswith("yolov8")
+    digits, raw = args.data_root in SPLITS, args.model.startswith(("yolov8", LITE0))  # pixels in 0 … 1
     size = 32 if digits or args.data_root == "cifar100" else 224
     size = {"digits": 8, "mnist5k": 28}.get(args.data_root, size) if args.model == "small" else size
-    data = load_classes(args.data_root, args.img_size or size, not yolo, args.seed)  # yolov8: in 0 … 1
+    by = "bicubic" if args.model == LITE0 else "bilinear"  # as they were trained
+    data = load_classes(args.data_root, args.img_size or size, not raw, args.seed, by)
     data.val, data.test = (part.sample(args.eval_images, step_generator(args.seed, 0, "evaluation"))
                            for part in (data.val, data.test))
     torch.manual_seed(step_generator(args.seed, 0, "start").initial_seed())
@@ -107,7 +109,7 @@ def evaluate(policy, ref, part, reward_of, args, device):
     for images, label, names in loader:
         label, logits = label.to(device), policy(images.to(device))
         logp = (logits / args.temperature).log_softmax(1)
-        logp_ref = (ref(images.to(device)) / args.temperature).log_softmax(1)
+        logp_ref = logp if ref is policy else (ref(images.to(device)) / args.temperature).log_softmax(1)
         best = logits.topk(min(5, logits.shape[1])).indices == label[:, None]
         reward = reward_of(draw(logp, 1, generator), label, logp.exp(), names)
         rows.append(torch.stack([best[:, 0], best.any(1), reward[:, 0], exact_kl(logp, logp_ref)]))

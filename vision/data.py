@@ -120,7 +120,7 @@ def flip(images, generator):
 
 
 # ---- classes ----
-def load_classes(root, size, normalise=True, seed=0):
+def load_classes(root, size, normalise=True, seed=0, by="bilinear"):
     """root: "digits", "mnist5k", "cifar100", or a folder: see `split_folders`, and in each a folder a class.
 
     The seed draws the splits, but for those that a folder has.
@@ -129,7 +129,7 @@ def load_classes(root, size, normalise=True, seed=0):
         return digits(size, seed, root)
     if root == "cifar100":
         return cifar100(size, normalise, seed)
-    read = functools.partial(read_class, size, normalise)
+    read = functools.partial(read_class, size, normalise, by=by)
     (classes, *_), *others = found = [class_files(folder) for folder in split_folders(root)]
     for other, *_ in others:
         if unpaired := sorted(set(classes) ^ set(other)):
