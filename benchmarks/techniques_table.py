@@ -27,8 +27,8 @@ from utils.cli import die, parse  # noqa: E402
 from utils.figure import read_csv  # noqa: E402
 
 # a right answer is 6 digits and 2 tokens of stop; the ninth token is the first that is too much
-SETTINGS = ("--task sort --max_new 9 --prompts_per_step 16 --beta 0 --lr 1e-4 --minibatches 4 --steps 41 "
-            "--eval_every 20 --eval_prompts 512 --no_eval_pass8 --samples 0")
+SETTINGS = ("--task sort --max_new 9 --prompts_per_step 16 --beta 0 --lr 1e-4 --minibatches 4 --steps 31 "
+            "--eval_every 15 --eval_prompts 512 --no_eval_pass8 --samples 0")
 ROWS = {  # name: flags
     "plain": "",
     "dynamic_sampling": "--dynamic_sampling 2",
