@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import tyro
 from helpers import ROOT, cli
 
+import techniques
 import train_grpo
 
 spec = importlib.util.spec_from_file_location("techniques_table", ROOT / "benchmarks/techniques_table.py")
@@ -70,6 +73,14 @@ def test_a_row_changes_its_own_flags_alone(name, monkeypatch, tmp_path):
     changed = {key for key in plain if plain[key] != other[key]} - {"log", "out"}
     assert changed == {word[2:] for word in techniques_table.ROWS[name].split() if word.startswith("--")}
     assert plain["seed"] == 3 and plain["policy"] == "p.pth" and plain["beta"] == 0
+
+
+def test_the_penalty_spares_right_answers():
+    """A right answer to `sort` has 8 tokens, stop included: only the ninth costs."""
+    words = f"{techniques_table.SETTINGS} {techniques_table.ROWS['overlong_penalty']}".split()
+    args = tyro.cli(train_grpo.Args, args=words)
+    got = techniques.less_penalty(torch.ones(1, 2), torch.tensor([[8, 9]]), args)
+    assert got.tolist() == [[1.0, 0.0]]
 
 
 def test_a_complete_run_is_not_made_again(monkeypatch, tmp_path):
