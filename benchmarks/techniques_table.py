@@ -105,7 +105,7 @@ def table(runs):
     accuracy = {name: [np.interp(equal, *both) for both in seeds] for name, seeds in curves.items()}
     print(f"At {equal:,.0f} generated answers; accuracy in percent, mean ± std of the seeds; gain in points, "
           "mean ± standard error of the paired differences.\n")
-    print("| technique | flags | accuracy | gain | beside | steps | answers cut | processor seconds |")
+    print("| technique | flags | accuracy | gain | over | steps | cut | seconds |")
     print("|---" * 8 + "|")
     for name, frames in runs.items():
         beside = BESIDE.get(name, "plain") if name != "plain" else ""
@@ -113,8 +113,9 @@ def table(runs):
         steps = np.mean([at(equal, frame.samples, frame.step + 1) for frame in frames])
         cut = 100 * np.mean([f.frac_cut.mean() for f in frames])
         reached = spread([100 * share for share in accuracy[name]], 1)
-        seconds = spread([at(equal, frame.samples, frame.seconds) for frame in frames], 0)
-        print(f"| {name} | `{ROWS[name]}` | {reached} | {gain} | {beside} | {steps:.0f} | {cut:.1f} % | "
+        seconds = spread([at(equal, frame.samples, frame.seconds) for frame in frames], 1)
+        flags = f"`{ROWS[name]}`" if ROWS[name] else ""
+        print(f"| {name} | {flags} | {reached} | {gain} | {beside} | {steps:.0f} | {cut:.1f} % | "
               f"{seconds} |")
     start = np.mean([measured[0] for _, measured in curves["plain"]])
     print(f"\nπ₀'s accuracy: {100 * start:.1f} %")
