@@ -1,6 +1,6 @@
 """What surrounds GRPO's loss: later papers' techniques, each a flag of train_grpo.py that is off by default.
 
-docs/grpo.md says what each does. The loss itself is in grpo.py. Which of them help is not measured yet.
+docs/grpo.md says what each does, docs/tasks.md what some of them gained. The loss itself is in grpo.py.
 Left out: replay of old answers, curricula.
 Run: python train_grpo.py --overlong penalty
 """

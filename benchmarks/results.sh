@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind the README and docs/: bash benchmarks/results.sh [micro|base|demo|tasks|shakespeare|objectives|reward|char|speed|learn|roofline|
-# scaling|cnn|lite0|exact|vit|clip|c2i|vlm|overopt]
+# The runs behind the README and docs/: bash benchmarks/results.sh [micro|base|demo|tasks|techniques|gym|shakespeare|objectives|reward|char|
+# speed|learn|roofline|scaling|cnn|lite0|exact|vit|clip|c2i|vlm|overopt]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -29,23 +29,27 @@ if want demo; then  # the README's figure: as long as `make demo` trains
   done
   $python plot.py --metric mean_r,kl --output results/demo.png results/demo/*.csv
 fi
-if want tasks; then  # a weak π₀ a seed, then GRPO and PPO from it with equal samples; settings from trials on seed 10
-  rl="--max_new 8 --prompts_per_step 32 --beta 0 --eval_every 25 --eval_prompts 256"
+if want tasks; then  # a weak π₀ a task, then GRPO and PPO from it with equal samples; settings from trials on seed 10
+  rl="--max_new 8 --prompts_per_step 16 --beta 0 --eval_every 15 --eval_prompts 256 --samples 0"
   for task in add sort; do
-    [ $task = add ] && sft_steps=600 task_steps="${STEPS:-501}" || sft_steps=150 task_steps="${STEPS:-301}"
+    [ $task = add ] && sft_steps=600 || sft_steps=120
+    weak=out/r-sft-$task
+    [ -f $weak/state.pth ] || $python sft.py --data task:$task --tokenizer char --block_size 24 --steps $sft_steps \
+      --seed 10 --log results/tasks/sft-$task.csv --out $weak
     for seed in ${SEEDS:-0 1 2 3 4}; do
-      $python sft.py --data task:$task --tokenizer char --block_size 24 --steps $sft_steps \
-        --seed "$seed" --log results/tasks/sft-$task-s"$seed".csv --out out/r-sft-$task-s"$seed"
       for name in grpo ppo; do
-        [ $name-$task = ppo-sort ] && lr=5e-5 || lr=1e-4
-        $python train_$name.py --policy out/r-sft-$task-s"$seed"/policy.pth --task $task $rl --lr $lr --minibatches 4 \
-          --steps "$task_steps" --seed "$seed" --log results/tasks/$name-$task-s"$seed".csv \
+        [ $name-$task = ppo-sort ] && lr=2e-4 || lr=1e-4
+        $python train_$name.py --overwrite --policy $weak/policy.pth --task $task $rl --lr $lr --minibatches 4 \
+          --steps "${STEPS:-31}" --seed "$seed" --log results/tasks/$name-$task-s"$seed".csv \
           --out out/r-$name-$task-s"$seed"
       done
     done
     $python plot.py --metric eval_acc,eval_pass8 --x samples --output results/tasks/$task.png \
       results/tasks/grpo-$task-s?.csv results/tasks/ppo-$task-s?.csv
   done
+fi
+if want techniques; then  # one technique at a time, from the π₀ of `tasks`; on a GPT, so without LoRA
+  $python benchmarks/techniques_table.py
 fi
 if want shakespeare; then
   for name in grpo ppo; do
