@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.cli import AtLeast, die, need, parse  # noqa: E402  (after the path)
 
 VIEWS = {  # name: the window, what is seen of the page, and the answer of which a token is clicked
+    # the right answer of "llm" stands beside those before training
     "desk": ({"viewport": {"width": 1180, "height": 1120}}, "#answers", "#card-0-0"),
     "phone": ({"viewport": {"width": 390, "height": 1240}}, "#columns", "#card-0-0"),
     "dark": ({"viewport": {"width": 1180, "height": 890}, "color_scheme": "dark"}, "body", ""),
     "print": ({"viewport": {"width": 760, "height": 1075}}, "body", ""),
-    "llm": ({"viewport": {"width": 1180, "height": 890}}, "#answers", "#card-1-0")}  # beside "before training"
+    "llm": ({"viewport": {"width": 1180, "height": 890}}, "#answers", "#card-1-0")}
 
 
 @dataclass
