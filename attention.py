@@ -60,9 +60,9 @@ class PromptCache:
         self.length = T
         return places(T, self.pad, device)
 
-    def attend(self, layer, q, k, v, mask, dropout=0.0):
+    def attend(self, layer, q, k, v, mask):
         self.pairs[layer] = k.contiguous(), v.contiguous()  # every later token reads them
-        return attention(q, k, v, mask, dropout)
+        return attention(q, k, v, mask)
 
 
 class GroupCache:
@@ -91,12 +91,12 @@ class GroupCache:
             position = (position - pad[:, None]).clamp(min=0).repeat_interleave(self.group_size, 0)
         return position, mask
 
-    def attend(self, layer, q, k, v, mask, dropout=0.0):
+    def attend(self, layer, q, k, v, mask):
         if self.size:
             return self.decode(layer, q, k, v, mask)
         prompt_k, prompt_v = (x.repeat_interleave(self.group_size, 0) for x in self.prompt.pairs[layer])
         mask = mask if len(mask) == 1 else mask.repeat_interleave(self.group_size, 0)
-        return attention(q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2), mask, dropout)
+        return attention(q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2), mask)
 
     def decode(self, layer, q, k, v, mask):
         """Attention of new tokens (B·G, heads, T, d) to a prompt that their group holds once."""

@@ -52,7 +52,7 @@ class FixedCache:
         hide = torch.zeros_like(seen, dtype=self.some.dtype).masked_fill(~seen, -torch.inf)
         return position, hide.view(-1, 1, 1, self.limit)
 
-    def attend(self, layer, q, k, v, mask, dropout=0.0):
+    def attend(self, layer, q, k, v, mask):
         keys, values = self.pairs[layer]
         keys.index_copy_(2, self.start, k)
         values.index_copy_(2, self.start, v)

@@ -2,7 +2,7 @@
 
 Module names are those of transformers' GPT2LMHeadModel, so weights pass both ways. Sampling and scoring are
 in generate.py, the KV cache is in attention.py.
-Left out: rotary positions, grouped-query attention, sharding.
+Left out: dropout of attention's weights (docs/log.md), rotary positions, grouped-query attention, sharding.
 Run: python sft.py (trains one), python sample.py (asks one)
 """
 import math
@@ -48,12 +48,9 @@ class Attention(nn.Module):
         N, T, C = x.shape
         qkv = self.c_attn(x).view(N, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
-        dropout = self.dropout if self.training else 0.0
-        if cache is None:
-            y = attention(q, k, v, mask, dropout)
-        else:
-            y = cache.attend(self.layer, q, k, v, mask, dropout)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(N, T, C)), dropout)
+        y = attention(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)
+        y = self.c_proj(y.transpose(1, 2).reshape(N, T, C))
+        return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):

@@ -135,10 +135,8 @@ def read_pairs(path, tokenizer, block_size):
 def evaluate(model, pairs, device, autocast):
     """-> numbers on held-out pairs, and their scores (M, 2)."""
     parts = torch.arange(len(pairs.tokens)).split(256)
-    model.eval()
     with autocast():
         scores = torch.cat([model(*pairs.pick(rows).batch(device)) for rows in parts]).view(-1, 2).cpu()
-    model.train()
     gap = scores[:, 0] - scores[:, 1]
     row = {"held_out": F.softplus(-gap).mean(), "held_out_accuracy": (gap > 0).float().mean()}
     if pairs.gold is not None:
@@ -174,6 +172,7 @@ def main(args):
     policy, tokenizer = load_policy(args.policy, device)
     layers = min(args.layers, policy.config.n_layer)
     model = RewardModel(replace(policy.config, n_layer=layers), args.pool).to(device)
+    model.eval()  # π₀'s dropout would only cost time here: docs/log.md
     model.trunk.load_state_dict(policy.state_dict(), strict=False)  # π₀ may have more blocks
 
     # ---- pairs ----
@@ -200,7 +199,6 @@ def main(args):
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(len(train.tokens), generator=step_generator(args.seed, 2 + epoch))
         rows = order[place * args.batch_size:(place + 1) * args.batch_size]
-        torch.manual_seed(args.seed * 1_000_003 + step + 10**15)  # dropout's masks, alike after a resume
         with run.autocast():
             score = model(*train.pick(rows).batch(device))
         chosen, rejected = score.view(-1, 2).unbind(1)  # (batch,)

@@ -36,7 +36,7 @@ from utils.text import load_corpus, load_prompts
 class Args:
     data: str = "auto"  # auto (Tiny Shakespeare, or the offline play), shakespeare, play, or a text file
     steps: Annotated[int, AtLeast(1)] = 25  # of GRPO and of PPO: the same number of samples
-    sft_steps: Annotated[int, AtLeast(0)] = 0  # 0: 850, or 250 on a text under 300,000 characters
+    sft_steps: Annotated[int, AtLeast(0)] = 0  # 0: 850, or 200 on a text under 300,000 characters
     eval_prompts: Annotated[int, AtLeast(4)] = 256  # held-out prompts behind the table
     seed: int = 0  # of all stages
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -110,7 +110,7 @@ def main(args):
     text, source = load_corpus(args.data)
     data = {"tinyshakespeare": "shakespeare", "bell_of_merrow.txt": "play"}.get(source, args.data)
     small = len(text) < 300_000  # characters, which are read so often that dropout helps
-    sft_steps = args.sft_steps or (250 if small else 850)
+    sft_steps = args.sft_steps or (200 if small else 850)
     policy, reward = "out/sft/policy.pth", "out/reward/reward.pth"
 
     # ---- the pipeline: four commands ----

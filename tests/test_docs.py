@@ -368,7 +368,7 @@ def names_in_code():
 # a figure that a command writes without naming it
 WRITERS = {"results/exact.png": "benchmarks/exact.py", "results/learn.png": "results.sh learn",
            "results/scaling.png": "results.sh scaling"}
-for view in ("desk", "phone", "dark", "print"):
+for view in ("desk", "phone", "dark", "print", "llm"):
     WRITERS[f"docs/report_{view}.png"] = "benchmarks/screenshots.py"
 
 

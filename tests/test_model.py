@@ -334,6 +334,13 @@ def test_transformers_loads_the_export_and_so_do_we(tmp_path):
     close(theirs(tokens).logits, ours(tokens), atol=1e-4)
     back = GPT.from_pretrained(str(tmp_path / "new" / "folder"))
     assert back.config == ours.config
+    dropped = tiny(dropout=0.5).train()  # the same masks at the same places: not on attention's weights
+    dropped.export_hf(tmp_path / "dropped")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dropped").train()
+    torch.manual_seed(1)
+    want = theirs(tokens).logits
+    torch.manual_seed(1)
+    close(dropped(tokens), want, atol=1e-4)
     assert all(torch.equal(w, back.state_dict()[k]) for k, w in ours.state_dict().items())
 
 

@@ -228,6 +228,6 @@ def save_gpt2(model, folder, tokenizer=None):
     c = {k: c[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")} | {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": c["block_size"],
         "activation_function": "gelu_new", "tie_word_embeddings": True,
-        **{k: c["dropout"] for k in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}}
+        "attn_pdrop": 0.0, "embd_pdrop": c["dropout"], "resid_pdrop": c["dropout"]}
     weights = {f"transformer.{k}": w.T if transposed(k) else w for k, w in model.state_dict().items()}
     write(folder, c, weights, tokenizer)
