@@ -98,8 +98,9 @@ def train(command, log, seed, more):
 
 
 def keep(log, target, metric):
-    """Copies a chosen run: its record, its picture, and the rows of its CSV that have the metric."""
-    rows = [row for row in rows_of(log) if row[metric]]
+    """Copies a chosen run: its record, its picture, its CSV; of a long one the rows that have the metric."""
+    rows = rows_of(log)
+    rows = [row for row in rows if row[metric] or len(rows) < 400]
     lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
     atomic_write(target, "".join(f"{line}\n" for line in lines).encode())
     shutil.copy(log.with_suffix(".json"), target.with_suffix(".json"))

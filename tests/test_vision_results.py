@@ -50,7 +50,7 @@ def test_validation_chooses_and_the_test_is_reported(tmp_path, monkeypatch, caps
     assert [row["test_top1"] for row in rows] == ["0.4", "0.6", "0.1", "0.3"]
     assert "a − b: +0.3000 ± 0.0000" in capsys.readouterr().out
     kept = read_csv(tmp_path / "cnn/a-s0.csv")[1]
-    assert [row["step"] for row in kept] == ["0", "2"] and kept[1]["test_top1"] == "0.4"
+    assert [row["step"] for row in kept] == ["0", "1", "2"] and kept[2]["test_top1"] == "0.4"
 
 
 @pytest.mark.slow
