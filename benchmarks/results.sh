@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind the README and docs/: bash benchmarks/results.sh [micro|base|demo|tasks|shakespeare|objectives|reward|char|speed|learn|roofline|
-# scaling|cnn|exact|vit|clip|c2i|vlm|overopt]
+# The runs behind the README and docs/: bash benchmarks/results.sh [micro|base|demo|tasks|gym|shakespeare|objectives|reward|char|speed|learn|
+# roofline|scaling|cnn|exact|vit|clip|c2i|vlm|overopt]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -45,6 +45,19 @@ if want tasks; then  # a weak π₀ a seed, then GRPO and PPO from it with equal
     $python plot.py --metric eval_acc,eval_pass8 --x samples --output results/tasks/$task.png \
       results/tasks/grpo-$task-s?.csv results/tasks/ppo-$task-s?.csv
   done
+fi
+gym() { name=$1; settings=$2; vocab=$3; sft_steps=$4; longest=$5
+  for seed in ${SEEDS:-0 1 2}; do  # the fixed words of a question are bpe's first merges, before digits and rare letters
+    run=$name-s$seed
+    $python sft.py --data "task:gym:$name:$settings" --vocab_size "$vocab" --block_size 32 --batch_size 16 \
+      --steps "$sft_steps" --eval_every "$sft_steps" --seed "$seed" --log results/gym/sft-"$run".csv --out out/r-gym-sft-"$run"
+    $python train_grpo.py --policy out/r-gym-sft-"$run"/policy.pth --task "gym:$name:$settings" --max_new "$longest" \
+      --beta 0 --lr 1e-4 --minibatches 4 --steps 101 --eval_every 25 --eval_prompts 128 --samples 0 --seed "$seed" \
+      --log results/gym/"$run".csv --out out/r-gym-"$run"
+  done; }
+if want gym; then  # three tasks of reasoning-gym: a weak π₀ a seed, then GRPO; settings from trials on seed 10
+  gym spell_backward max_word_len=5 300 350 7
+  $python plot.py --metric eval_acc,eval_pass8 --output results/gym.png results/gym/{spell_backward,chain_sum,count_primes}-s?.csv
 fi
 if want shakespeare; then
   for name in grpo ppo; do

@@ -197,6 +197,18 @@ def test_a_resume_of_fewer_steps_and_of_none(capsys):
     assert "nothing to do" in capsys.readouterr().out and digests()["log.csv"] == before["log.csv"]
 
 
+def test_a_resume_says_that_the_learning_rate_falls_otherwise(capsys):
+    """Only where it falls: with --lr_end 1 more steps change nothing that came before."""
+    for rate, said in ((0.5, True), (1, False)):
+        words = "--lr_end", rate, "--overwrite"
+        cli(train_grpo, *grpo(*words))
+        cli(train_grpo, *grpo(*words, "--resume"))
+        assert "learning rate" not in capsys.readouterr().out
+        cli(train_grpo, *grpo(*words, "--resume", steps=3))
+        note = "began with --steps 2: from here on the learning rate falls to its --lr_end 0.5 at step 3"
+        assert (note in capsys.readouterr().out) == said
+
+
 def test_a_state_of_an_older_version_and_of_another_script(capsys):
     cli(train_grpo, *grpo())
     state = torch.load("out/state.pth")
