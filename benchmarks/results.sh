@@ -46,18 +46,21 @@ if want tasks; then  # a weak π₀ a seed, then GRPO and PPO from it with equal
       results/tasks/grpo-$task-s?.csv results/tasks/ppo-$task-s?.csv
   done
 fi
-gym() { name=$1; settings=$2; vocab=$3; sft_steps=$4; longest=$5
-  for seed in ${SEEDS:-0 1 2}; do  # the fixed words of a question are bpe's first merges, before digits and rare letters
-    run=$name-s$seed
-    $python sft.py --data "task:gym:$name:$settings" --vocab_size "$vocab" --block_size 32 --batch_size 16 \
-      --steps "$sft_steps" --eval_every "$sft_steps" --seed "$seed" --log results/gym/sft-"$run".csv --out out/r-gym-sft-"$run"
-    $python train_grpo.py --policy out/r-gym-sft-"$run"/policy.pth --task "gym:$name:$settings" --max_new "$longest" \
-      --beta 0 --lr 1e-4 --minibatches 4 --steps 101 --eval_every 25 --eval_prompts 128 --samples 0 --seed "$seed" \
-      --log results/gym/"$run".csv --out out/r-gym-"$run"
+gym() { name=$1; task=gym:$1:$2; longest=$3; shift 3  # the rest: flags of sft.py
+  $python sft.py --data "task:$task" "$@" --batch_size 16 --log results/gym/sft-"$name"-s0.csv --out out/r-gym-sft-"$name"-s0
+  for seed in ${SEEDS:-0 1 2}; do
+    $python train_grpo.py --policy out/r-gym-sft-"$name"-s0/policy.pth --task "$task" --max_new "$longest" --beta 0 \
+      --lr 1e-4 --minibatches 4 --steps 101 --eval_every 25 --eval_prompts 128 --samples 0 --seed "$seed" \
+      --log results/gym/"$name"-s"$seed".csv --out out/r-gym-"$name"-s"$seed"
   done; }
-if want gym; then  # three tasks of reasoning-gym: a weak π₀ a seed, then GRPO; settings from trials on seed 10
-  gym spell_backward max_word_len=5 300 350 7
-  $python plot.py --metric eval_acc,eval_pass8 --output results/gym.png results/gym/{spell_backward,chain_sum,count_primes}-s?.csv
+if want gym; then  # reasoning-gym: a weak π₀ a task, then GRPO; settings from a trial on seed 10 of spell_backward
+  few="min_numbers=2:max_numbers=3:max_decimals=0:min_value=-9:max_value=9"
+  gym spell_backward max_word_len=5 7 --vocab_size 300 --block_size 32 --steps 350 --eval_every 350
+  gym number_filtering $few 12 --vocab_size 300 --block_size 64 --steps 300 --eval_every 300
+  gym number_sequence max_terms=6:min_value=-20:max_value=20:max_complexity=2 7 --tokenizer char --block_size 48 --steps 300 --eval_every 300
+  $python benchmarks/chance.py gym:spell_backward:max_word_len=5 gym:number_filtering:$few \
+    gym:number_sequence:max_terms=6:min_value=-20:max_value=20:max_complexity=2 --out results/gym/chance.csv
+  $python plot.py --metric eval_acc,eval_pass8 --output results/gym.png results/gym/[^s]*-s?.csv results/gym/spell_backward-s?.csv
 fi
 if want shakespeare; then
   for name in grpo ppo; do

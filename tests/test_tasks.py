@@ -294,6 +294,27 @@ def test_the_page_of_your_own_task(folder):
     assert [task.reward(text, {"answer": "31"}) for text in texts] == [1, 1, .1, 0, 0]
 
 
+# ---- chance ----
+def test_what_guesses_earn(folder, monkeypatch, capsys):
+    """By hand; and on sums of one digit, counted anew."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import chance
+    assert chance.rates([[1, 0], [0, 0], [0.5, 1], [1, 1.0]]) == {
+        "acc": 0.5, "mean_r": 4.5 / 8, "any_right": 0.75}
+    cli(chance, "add:1", "--out", "c.csv")
+    train, held_out = ([row["answer"] for row in load_task("add:1").rows(4096, 0, side)]
+                       for side in (False, True))
+    table = read_csv("c.csv")[1]
+    assert [row["guess"] for row in table] == [repr(max(train, key=train.count)), "8 drawn"]
+    for row in table:
+        assert int(row["questions"]) == len(held_out) and float(row["acc"]) <= float(row["any_right"])
+    share = held_out.count(max(train, key=train.count)) / len(held_out)
+    assert float(table[0]["acc"]) == float(table[0]["any_right"]) == pytest.approx(share, abs=1e-4)
+    with pytest.raises(SystemExit):
+        cli(chance)
+    assert "no task is named" in capsys.readouterr().err
+
+
 # ---- bad input ----
 @functools.cache
 def untrained():
@@ -431,7 +452,7 @@ def test_what_a_gym_task_makes_of_an_entry(reasoning_gym):
     ("gym:double:most", ["'most' is no setting", "max_terms=2"]),
     ("gym:double:most=x", ["'most=x' is no setting", "as Python writes it"]),
     ("gym:double:least=2", ["unexpected keyword argument 'least'", "Its settings: most, seed, size"]),
-    ("gym:double:most=0", ["most must be positive. Its settings"])])
+    ("gym:double:most=0", ["most must be positive", ". Its settings: most"])])
 def test_a_bad_gym_task(name, wanted, reasoning_gym, capsys):
     with pytest.raises(SystemExit) as left:
         load_task(name)

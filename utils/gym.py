@@ -26,7 +26,8 @@ def gym(spec):
     try:
         dataset = package.create_dataset(name, **settings)
     except Exception as error:  # each dataset checks its settings in a way of its own
-        die(f"--task gym:{spec}: {error}. Its settings: {', '.join(known[name][1].__annotations__)}")
+        why = " ".join(str(error).split()) or type(error).__name__
+        die(f"--task gym:{spec}: {why}. Its settings: {', '.join(known[name][1].__annotations__)}")
 
     def sample(rng):
         entry = dataset[rng.randrange(len(dataset))]
