@@ -207,7 +207,8 @@ def test_a_resume_says_that_the_learning_rate_falls_otherwise(capsys):
         args = train_grpo.Args(**state["args"] | {"lr_end": rate, "steps": steps})
         assert checkpoint.load_state("out/state.pth", args, "python train_grpo.py")["step"] == 2
         note = "began with --steps 2: from here on the learning rate falls to its --lr_end 0.5 at step 3"
-        assert (note in capsys.readouterr().out) == said
+        printed = capsys.readouterr().out
+        assert note in printed if said else not printed
 
 
 def test_a_state_of_an_older_version_and_of_another_script(capsys):
