@@ -28,7 +28,7 @@ class Args:
 
 
 def rates(scores):
-    """Scores, a list of guesses for each question -> accuracy and mean reward of a guess, share with a hit."""
+    """Scores, a list of guesses a question -> accuracy and mean reward of a guess, share with a hit."""
     every = [score for row in scores for score in row]
     return {"acc": sum(score >= 1 for score in every) / len(every), "mean_r": sum(every) / len(every),
             "any_right": sum(max(row) >= 1 for row in scores) / len(scores)}
