@@ -18,7 +18,8 @@ from typing import Callable
 import torch
 
 from generate import sample_texts
-from utils.cli import die, need
+from utils.cli import die
+from utils.gym import gym
 from utils.rewards import checked, describe, from_file
 from utils.text import as_prompts
 
@@ -39,6 +40,9 @@ class Task:
                 eighth = hashlib.sha256(prompt.encode()).digest()[0] < 32  # everywhere the same
             except Exception as error:  # whatever the user's function raises is the user's to see
                 die(f"--task {self.name}: sample raised {describe(error)}: wanted text as prompt and answer")
+            for key in ("answer", "short"):  # a number would equal no completion
+                if not isinstance(row.get(key), str | None):
+                    die(f"--task {self.name}: sample gave {row[key]!r:.40} as {key}: wanted text")
             misses += 1
             if eighth == held_out and prompt not in rows:
                 rows[prompt] = row
@@ -48,7 +52,9 @@ class Task:
     def worked(self, rng):
         """A solved training question, for sft.py."""
         row = self.rows(1, rng.random(), held_out=False)[0]
-        return f"{row.get('short', row['prompt'])}{row['answer']}"
+        if row["answer"] is None:  # then only the check can tell
+            die(f"--data task:{self.name}: its questions come without answers, so none can be learnt from")
+        return f"{row.get('short') or row['prompt']}{row['answer']}"
 
     def prompts(self, tokenizer, seed):
         """-> (training, held-out) Prompts: up to 4,096 from the seed; up to 512, the same for every seed."""
@@ -140,27 +146,17 @@ TASKS = {"add": Task(add, last("[0-9]+")), "sort": Task(sort, last(r"[0-9][0-9\s
          "reverse": Task(reverse, last("[a-z]+")), "countdown": Task(countdown, hits_target)}
 
 
-def gym(name):
-    """A task of the package reasoning-gym, with its own scorer (arXiv:2505.24760)."""
-    try:
-        dataset = need("reasoning_gym", "gym").create_dataset(name, size=10**6, seed=0)
-    except ValueError as error:
-        die(f"--task gym:{name}: {error}")
-
-    def sample(rng):
-        entry = dataset[rng.randrange(10**6)]
-        return {"prompt": entry["question"], **entry}
-    return Task(sample, lambda completion, row: dataset.score_answer(completion.strip(), row))
-
-
 def load_task(name):
-    """add, sort, reverse, countdown, with a size behind a colon if wanted (add:3); gym:NAME; FILE.py:TASK."""
+    """add, sort, reverse, countdown, with a size behind a colon if wanted (add:3); gym:NAME; FILE.py:TASK.
+
+    gym:NAME:SETTING=VALUE sets what the question is made of. utils/gym.py has those tasks.
+    """
     kind, _, size = name.partition(":")
     if kind in TASKS and re.fullmatch("[1-9]?", size):
         given = {"size": int(size)} if size else {}
         task = replace(TASKS[kind], sample=lambda rng: TASKS[kind].sample(rng, **given))
     elif kind == "gym" and size:
-        task = gym(size)
+        task = Task(*gym(size))
     elif re.search(r"\.py(:\w+)?$", name):
         task = from_file(name if ".py:" in name else f"{name}:TASK", f"--task {name}", "task")
     else:

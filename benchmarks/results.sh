@@ -51,6 +51,28 @@ fi
 if want techniques; then  # one technique at a time, from the π₀ of `tasks`; on a GPT, so without LoRA
   $python benchmarks/techniques_table.py
 fi
+gym() { run=$1; sft_seed=$2; rl_steps=$3; longest=$4; task=gym:$5; shift 5  # the rest: flags of sft.py
+  $python sft.py --data "task:$task" "$@" --batch_size 16 --seed "$sft_seed" --log results/gym/sft-"$run"-s"$sft_seed".csv \
+    --out out/r-gym-sft-"$run"-s"$sft_seed"
+  for seed in ${SEEDS:-0 1 2}; do
+    $python train_grpo.py --policy out/r-gym-sft-"$run"-s"$sft_seed"/policy.pth --task "$task" --max_new "$longest" --beta 0 \
+      --lr 1e-4 --minibatches 4 --steps "$rl_steps" --eval_every 25 --eval_prompts 128 --samples 0 --seed "$seed" \
+      --log results/gym/"$run"-s"$seed".csv --out out/r-gym-"$run"-s"$seed"
+  done; }
+if want gym; then  # reasoning-gym: one π₀ a task, then GRPO; its settings are those of a trial on seed 10 of spell_backward
+  legs=leg_counting:min_animals=1:max_animals=2:max_instances=3
+  gym spell_backward 10 101 7 spell_backward:max_word_len=5 --vocab_size 300 --block_size 32 --steps 500 --eval_every 250
+  gym leg_counting 0 76 4 $legs --vocab_size 440 --block_size 56 --steps 400 --eval_every 400 --muon_lr 0.02
+  gym caesar_cipher 0 126 18 caesar_cipher:min_words=1:max_words=2 --vocab_size 320 --block_size 56 --steps 300 --eval_every 300 \
+    --muon_lr 0.02
+  SEEDS=0 gym leg_counting_weak 0 76 4 $legs --vocab_size 440 --block_size 56 --steps 300 --eval_every 300
+  SEEDS=0 gym spell_backward_weak 0 76 7 spell_backward:max_word_len=5 --vocab_size 300 --block_size 32 --steps 350 --eval_every 350
+  $python benchmarks/chance.py gym:spell_backward:max_word_len=5 gym:$legs gym:caesar_cipher:min_words=1:max_words=2 \
+    gym:count_primes:max_n=100 gym:number_filtering:min_numbers=2:max_numbers=3:max_decimals=0:min_value=-9:max_value=9 \
+    gym:number_sequence:max_terms=6:min_value=-20:max_value=20:max_complexity=2 gym:chain_sum:max_terms=2:max_digits=2 \
+    gym:chain_sum:max_terms=3:max_digits=1 --out results/gym/chance.csv
+  $python plot.py --metric eval_acc,eval_pass8 --output results/gym.png results/gym/{spell_backward,leg_counting,caesar_cipher}-s?.csv
+fi
 if want shakespeare; then
   for name in grpo ppo; do
     for seed in 0 1 2; do

@@ -197,6 +197,20 @@ def test_a_resume_of_fewer_steps_and_of_none(capsys):
     assert "nothing to do" in capsys.readouterr().out and digests()["log.csv"] == before["log.csv"]
 
 
+def test_a_resume_says_that_the_learning_rate_falls_otherwise(capsys):
+    """Only where it falls: with --lr_end 1 more steps change nothing that came before."""
+    cli(train_grpo, *grpo("--lr_end", 0.5))
+    capsys.readouterr()
+    state = torch.load("out/state.pth")
+    for rate, steps, said in ((0.5, 2, False), (0.5, 3, True), (1.0, 3, False)):
+        torch.save(state | {"args": state["args"] | {"lr_end": rate}}, "out/state.pth")
+        args = train_grpo.Args(**state["args"] | {"lr_end": rate, "steps": steps})
+        assert checkpoint.load_state("out/state.pth", args, "python train_grpo.py")["step"] == 2
+        note = "began with --steps 2: from here on the learning rate falls to its --lr_end 0.5 at step 3"
+        printed = capsys.readouterr().out
+        assert note in printed if said else not printed
+
+
 def test_a_state_of_an_older_version_and_of_another_script(capsys):
     cli(train_grpo, *grpo())
     state = torch.load("out/state.pth")

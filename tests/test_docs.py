@@ -366,7 +366,8 @@ def names_in_code():
 
 # ---- figures ----
 # a figure that a command writes without naming it
-WRITERS = {"results/exact.png": "benchmarks/exact.py", "results/learn.png": "results.sh learn",
+WRITERS = {"results/exact.png": "benchmarks/exact.py", "results/gym.png": "results.sh gym",
+           "results/learn.png": "results.sh learn",
            "results/scaling.png": "results.sh scaling"}
 for view in ("desk", "phone", "dark", "print", "llm"):
     WRITERS[f"docs/report_{view}.png"] = "benchmarks/screenshots.py"

@@ -294,6 +294,27 @@ def test_the_page_of_your_own_task(folder):
     assert [task.reward(text, {"answer": "31"}) for text in texts] == [1, 1, .1, 0, 0]
 
 
+# ---- chance ----
+def test_what_guesses_earn(folder, monkeypatch, capsys):
+    """By hand; and on sums of one digit, counted anew."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import chance
+    assert chance.rates([[1, 0], [0, 0], [0.5, 1], [1, 1.0]]) == {
+        "acc": 0.5, "mean_r": 4.5 / 8, "any_right": 0.75}
+    cli(chance, "add:1", "--out", "c.csv")
+    train, held_out = ([row["answer"] for row in load_task("add:1").rows(4096, 0, side)]
+                       for side in (False, True))
+    table = read_csv("c.csv")[1]
+    assert [row["guess"] for row in table] == [repr(max(train, key=train.count)), "8 drawn"]
+    for row in table:
+        assert int(row["questions"]) == len(held_out) and float(row["acc"]) <= float(row["any_right"])
+    share = held_out.count(max(train, key=train.count)) / len(held_out)
+    assert float(table[0]["acc"]) == float(table[0]["any_right"]) == pytest.approx(share, abs=1e-4)
+    with pytest.raises(SystemExit):
+        cli(chance)
+    assert "no task is named" in capsys.readouterr().err
+
+
 # ---- bad input ----
 @functools.cache
 def untrained():
@@ -319,6 +340,8 @@ NAN = Task(sample, lambda completion, row: math.nan)
 NO_ROW = Task(lambda rng: "1+1=", len)
 NO_ANSWER = Task(lambda rng: {"prompt": "1+1="}, len)
 ONE = Task(lambda rng: {"prompt": "1+1=", "answer": "2"}, len)
+INT = Task(lambda rng: {"prompt": str(rng.random()), "answer": 2}, len)
+SHORT = Task(lambda rng: {"prompt": str(rng.random()), "answer": "2", "short": 1}, len)
 KEYS = Task(lambda rng: {"prompt": str(rng.random()), "answer": "2", str(rng.random()): 1}, len)
 NUMBER = 3
 '''
@@ -332,6 +355,7 @@ NUMBER = 3
     ("bad.py:RAISES", ["KeyError: 'no_such'", "bad.py, line"]), ("bad.py:NOTHING", ["None", "numbers"]),
     ("bad.py:NAN", ["nan", "finite"]), ("bad.py:NO_ROW", ["prompt and answer"]),
     ("bad.py:NO_ANSWER", ["'answer'", "prompt and answer"]), ("bad.py:ONE", ["too few different questions"]),
+    ("bad.py:INT", ["sample gave 2 as answer: wanted text"]), ("bad.py:SHORT", ["sample gave 1 as short"]),
     ("bad.py:KEYS", ["row 2", "keys"])])
 def test_a_bad_task(name, wanted, folder, capsys):
     (folder / "bad.py").write_text(BAD)
@@ -372,19 +396,85 @@ def test_what_does_not_fit(capsys):
         assert left.value.code == 2 and message.startswith("error: "), message
 
 
+def test_a_question_without_an_answer_is_asked_but_not_learnt_from(capsys):
+    """None as answer says that only the check can tell."""
+    task = Task(lambda rng: {"prompt": str(rng.random()), "answer": None}, len, "own.py:TASK")
+    assert [row["answer"] for row in task.rows(3, 0, held_out=False)] == [None] * 3
+    with pytest.raises(SystemExit):
+        task.worked(random.Random(0))
+    assert "own.py:TASK: its questions come without answers" in capsys.readouterr().err
+
+
+# ---- reasoning-gym ----
+class Doubling:
+    """A dataset as reasoning-gym has them, with a scorer that raises at what is no number."""
+
+    def __init__(self, size, seed, most=9):
+        assert most > 0, "most must be positive"
+        self.size, self.most = size, most
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        return {"question": f" Double {i % (self.most + 1)}.\n", "answer": str(2 * (i % (self.most + 1))),
+                "metadata": {"n": i}}
+
+    def score_answer(self, answer, entry):
+        return float(int(answer) == int(entry["answer"]))
+
+
+@pytest.fixture
+def reasoning_gym(monkeypatch):
+    """A stand-in for the package, which needs many others."""
+    config = SimpleNamespace(__annotations__={"most": int, "seed": int, "size": int})
+    package = SimpleNamespace(create_dataset=lambda name, **settings: Doubling(**settings),
+                              factory=SimpleNamespace(DATASETS={"double": (Doubling, config)}))
+    monkeypatch.setitem(sys.modules, "reasoning_gym", package)
+
+
+def test_what_a_gym_task_makes_of_an_entry(reasoning_gym):
+    """A nano GPT reads the question and a line break; what the scorer can't read earns 0."""
+    task = load_task("gym:double:most=3")
+    rows = task.rows(10, 0, held_out=False) + task.rows(10, 0, held_out=True)
+    assert sorted(row["short"] for row in rows) == [f"Double {n}.\n" for n in range(4)]
+    assert all(row["prompt"] == f" {row['short']}" for row in rows)
+    for row in rows:
+        n = int(row["short"][7])
+        assert [task.reward(text, row) for text in (f" {2 * n}\n", f"{2 * n + 1}", "", "x")] == [1, 0, 0, 0]
+    assert re.fullmatch(r"Double (\d)\.\n\d", text := task.worked(random.Random(0)))
+    assert int(text[-1]) == 2 * int(text[7])
+    assert len(load_task("gym:double:size=1:most=3").rows(10, 0, held_out=False)) == 1
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("gym:no_such", ["gym:no_such is unknown to reasoning-gym: wanted double"]),
+    ("gym:double:most", ["'most' is no setting", "max_terms=2"]),
+    ("gym:double:most=x", ["'most=x' is no setting", "as Python writes it"]),
+    ("gym:double:least=2", ["unexpected keyword argument 'least'", "Its settings: most, seed, size"]),
+    ("gym:double:most=0", ["most must be positive", ". Its settings: most"])])
+def test_a_bad_gym_task(name, wanted, reasoning_gym, capsys):
+    with pytest.raises(SystemExit) as left:
+        load_task(name)
+    message = capsys.readouterr().err
+    assert left.value.code == 2 and message.startswith(f"error: --task {name}"), message
+    assert message.count("\n") == 1 and all(part in plain(message) for part in wanted), message
+
+
 def test_gym(capsys):
     """reasoning-gym's own scorer: its own answers are right; a wrong one is not."""
     pytest.importorskip("reasoning_gym")
-    task = load_task("gym:chain_sum")
+    task = load_task("gym:chain_sum:max_terms=3")
     rows = task.rows(20, 0, held_out=False)
     assert rows == task.rows(20, 0, held_out=False)
     for row in rows:
         exact = eval(re.search("[0-9+ -]+(?= =)", row["prompt"])[0])
+        assert len(re.findall("[+-] ", row["prompt"])) <= 2
         assert row["answer"] == str(exact) and task.reward(f" {exact}\n", row) == 1
         assert task.reward(str(exact + 1), row) < 1
     with pytest.raises(SystemExit):
         load_task("gym:no_such")
-    assert "--task gym:no_such: " in capsys.readouterr().err
+    assert "--task gym:no_such is unknown to reasoning-gym: wanted ab, " in capsys.readouterr().err
 
 
 def test_gym_without_the_package(capsys, monkeypatch):

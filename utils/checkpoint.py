@@ -108,6 +108,9 @@ def load_state(path, args, made_by, wanted=("config", "tokenizer", "model")):
         die(f"--resume: {path} is a state of {state['script']}, not of {script(args)}: name another --out")
     for name, began, value in differing(state["args"], args):
         die(f"--resume: {path} began with --{name} {began}, not {value}: give the same, or drop --resume")
+    if getattr(args, "lr_end", 1.0) != 1.0 and state["args"]["steps"] != args.steps:
+        print(f"--resume: {path} began with --steps {state['args']['steps']}: from here on the learning rate "
+              f"falls to its --lr_end {args.lr_end:g} at step {args.steps}, and not at the former end")
     torch.set_num_threads(state.get("threads", torch.get_num_threads()))  # another order, other last digits
     return state
 
