@@ -2,7 +2,7 @@
 
 A seed draws the three splits. For each seed all trials of a method run, and the one with the best validation
 number is that seed's result. So a seed's test images choose nothing. results/KIND/sweep.csv keeps all trials,
-without a test number. results/KIND/METHOD-sN.csv is a chosen run, and test.csv beside it has the test numbers.
+without a test number. results/KIND/METHOD-sN.csv is a chosen run, and test.csv beside it has the tests.
 Run: python benchmarks/sweep_vision.py cnn (or clip, clip_weak, c2i, vit, vlm)
 """
 import csv
@@ -70,7 +70,7 @@ class Args:
     kind: tyro.conf.Positional[Literal[tuple(SWEEPS)]] = "cnn"  # which table
     methods: tuple[str, ...] = ()  # some of its methods; none: all
     seeds: Annotated[int | None, AtLeast(1)] = None  # 0 … seeds − 1; None: the table's own number
-    more: str = ""  # flags for every run, such as "--steps 3"
+    more: tuple[str, ...] = ()  # flags for every run, without dashes: steps=3 batch_size=8
     jobs: Annotated[int, AtLeast(1)] = 1  # runs side by side, of one thread each
     work: str = "out/sweep"  # CSVs and checkpoints of all trials
     out: str = "results"  # of what is kept
@@ -90,7 +90,8 @@ def train(command, log, seed, more):
     if rows_of(log):
         return
     out = [] if "--out" in command else ["--out", str(log.with_suffix(""))]
-    words = [*command.split(), *more.split(), "--seed", str(seed), "--log", str(log), *out, "--overwrite"]
+    words = [*command.split(), *(f"--{flag}" for flag in more), "--seed", str(seed), "--log", str(log), *out,
+             "--overwrite"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         die(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()[-300:]}")

@@ -54,10 +54,13 @@ def test_validation_chooses_and_the_test_is_reported(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_its_trials(tmp_path):
+def test_a_sweep_runs_its_trials(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    words = ["cnn", "--seeds", 1, "--work", tmp_path / "work", "--out", tmp_path, "--methods", "ce"]
-    cli(sweep_vision, *words, "--more", "--steps 2 --sft_steps 2 --batch_size 8")
+    kind = sweep_vision.SWEEPS["cnn"]
+    kind = sweep_vision.Kind(kind.metric, 1, {"ce": (kind.methods["ce"][0], ("--lr 1e-3",))})
+    monkeypatch.setitem(sweep_vision.SWEEPS, "cnn", kind)
+    words = ["cnn", "--work", tmp_path / "work", "--out", tmp_path, "--methods", "ce"]
+    cli(sweep_vision, *words, "--more", "steps=2", "sft_steps=2", "batch_size=8")
     header, rows = read_csv(tmp_path / "cnn/test.csv")
     assert {"test_top1", "test_r", "test_kl", "start_top1"} <= set(header) and len(rows) == 1
 
