@@ -1,7 +1,7 @@
 """The table of docs/vision/lite0.md from the CSVs of `results.sh lite0`: is "the head first" good advice?
 
-Top-1 on the test before and after, mean ± std over the seeds that are there. Seconds of the updates are those of
-the fastest seed, since other programs may share the machine.
+Top-1 on the test before and after, mean ± std over the seeds that are there. Seconds of the updates are those
+of the fastest seed, since other programs may share the machine.
 Left out: the runs themselves. Run: python benchmarks/head_first.py
 """
 import itertools

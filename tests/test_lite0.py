@@ -207,7 +207,7 @@ def test_weights_that_are_damaged(folder, monkeypatch, capsys):
 
 # ---- the table of the page ----
 def test_the_table_by_hand(folder, capsys):
-    """Two seeds of a run of two parts: before is of the first, after of the last, and the fewest seconds count."""
+    """Two seeds of a run of two parts: before is the first's, after the last's. The fewest seconds count."""
     spec = importlib.util.spec_from_file_location("head_first", ROOT / "benchmarks" / "head_first.py")
     head_first = sys.modules["head_first"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(head_first)
