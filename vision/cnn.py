@@ -74,8 +74,9 @@ def build(name, n_classes, weights):
         models = need("torchvision.models", "vision")
         known = models.list_models(module=models)
         if name not in known:
-            die(f"--model {name!r} is unknown: wanted small, {LITE0}, {YOLO[0]} … {YOLO[-1]}, or a classifier "
-                f"of torchvision, {', '.join(n for n in known if n.startswith('resnet'))} and others")
+            resnets = ", ".join(n for n in known if n.startswith("resnet"))
+            die(f"--model {name!r} is unknown: wanted small, {LITE0}, {YOLO[0]} … {YOLO[-1]}, "
+                f"or a classifier of torchvision, {resnets} and others")
         net = models.get_model(name, weights=None)
         if weights == "default":
             net.load_state_dict(download(models.get_model_weights(name).DEFAULT))
