@@ -539,7 +539,7 @@ def test_what_tools_leave_is_not_seen(folder):
     found = load_classes(str(root), 8)
     assert found.classes == ["ant", "bee"] and len(found.train) == len(found.val) + len(found.test) == 4
     assert len(seen(found.train, 4)[0]) == 4
-    for part in ("train", "val"):  # boxes and masks, too
+    for part in ("train", "val", "test"):  # boxes and masks, too
         where = folder / "r" / part
         coco(where, [("a.png", 8, 8)], [(0, [1, 1, 4, 4])])
         Image.new("L", (8, 8), 255).save(where / "a_mask.png")
