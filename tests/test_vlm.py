@@ -322,7 +322,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, start):
 
 
 def test_few_examples(capsys, start):
-    assert "1 examples to train on" in fails(capsys, *SMALL, "--model", start, "--data", user_file(2))
+    assert "1 examples to train on" in fails(capsys, *SMALL, "--model", start, "--data", user_file(3))
 
 
 # ---- the tiny model, and the published size ----
