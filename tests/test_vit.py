@@ -301,7 +301,7 @@ def test_an_unreadable_image_is_named_refused_or_skipped(folder, capsys):
 
 @pytest.mark.slow
 def test_preset_224_takes_a_step(folder):
-    shapes(folder / "data", "class", n=2)
+    shapes(folder / "data", "class", n=4)
     cli(vit_grpo, "--preset", "224", "--device", "cpu", "--dtype", "fp32", "--batch_size", 1,
         "--group_size", 2, "--steps", 1, "--sft_steps", 1, "--sft_images", 2, "--num_workers", 0)
     config = checkpoint.load("out/vit/state.pth", "state", "", ("config",))["config"]
