@@ -30,7 +30,7 @@ if want demo; then  # the README's figure: as long as `make demo` trains
   $python plot.py --metric mean_r,kl --output results/demo.png results/demo/*.csv
 fi
 if want tasks; then  # a weak π₀ a task, then GRPO and PPO from it with equal samples; settings from trials on seed 10
-  rl="--max_new 8 --prompts_per_step 16 --beta 0 --eval_every 15 --eval_prompts 256 --samples 0"
+  rl="--max_new 8 --prompts_per_step 16 --beta 0 --eval_every 50 --eval_prompts 256 --samples 0"
   for task in add sort; do
     [ $task = add ] && sft_steps=600 || sft_steps=120
     weak=out/r-sft-$task
@@ -40,7 +40,7 @@ if want tasks; then  # a weak π₀ a task, then GRPO and PPO from it with equal
       for name in grpo ppo; do
         [ $name-$task = ppo-sort ] && lr=2e-4 || lr=1e-4
         $python train_$name.py --overwrite --policy $weak/policy.pth --task $task $rl --lr $lr --minibatches 4 \
-          --steps "${STEPS:-31}" --seed "$seed" --log results/tasks/$name-$task-s"$seed".csv \
+          --steps "${STEPS:-201}" --seed "$seed" --log results/tasks/$name-$task-s"$seed".csv \
           --out out/r-$name-$task-s"$seed"
       done
     done
