@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 import model
@@ -87,6 +88,17 @@ def quiet_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def refused(capsys, call, *wanted):
+    """call() leaves with code 2 and one line on stderr that holds all of `wanted`."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        call()
+    message = capsys.readouterr().err.strip()
+    assert left.value.code == 2
+    assert message.startswith("error: ") and "\n" not in message
+    assert all(part in plain(message) for part in wanted), message
 
 
 def cli(module, *words):

@@ -56,13 +56,7 @@ def run(*words):
 
 
 def refused(capsys, words, *wanted):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        run(*words)
-    message = capsys.readouterr().err.strip()
-    assert left.value.code == 2
-    assert message.startswith("error: ") and "\n" not in message
-    assert all(part in plain(message) for part in wanted), message
+    helpers.refused(capsys, lambda: run(*words), *wanted)
 
 
 def textures(root, classes=5, n=6, size=40, parts=("train", "val"), period=(8, 8, 8, 8, 8)):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, cli, plain, read_csv
+from helpers import ROOT, cli, read_csv, refused
 from PIL import Image
 
 from utils import checkpoint
@@ -43,16 +43,6 @@ def folder(tmp_path, monkeypatch, undrawn):
 def run(*words):
     cli(cnn_grpo, *SMALL, "--overwrite", *words)
     return read_csv("logs/lite0.csv")[1]
-
-
-def refused(capsys, action, *wanted):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        action()
-    message = capsys.readouterr().err.strip()
-    assert left.value.code == 2
-    assert message.startswith("error: ") and "\n" not in message
-    assert all(part in plain(message) for part in wanted), message
 
 
 def colours(root, mode="RGB", size=(40, 30), parts=("train", "val", "test")):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from helpers import ROOT, cli, files, plain, read_csv, weights
+from helpers import ROOT, cli, files, plain, read_csv, refused, weights
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -459,6 +459,14 @@ def test_a_bad_gym_task(name, wanted, reasoning_gym, capsys):
     message = capsys.readouterr().err
     assert left.value.code == 2 and message.startswith(f"error: --task {name}"), message
     assert message.count("\n") == 1 and all(part in plain(message) for part in wanted), message
+
+
+def test_a_gym_scorer_that_fails_on_its_own_answer_is_refused(reasoning_gym, capsys, monkeypatch):
+    """Else every answer would earn 0 without a word: a module that the scorer wants may be missing."""
+    def missing(self, answer, entry):
+        raise ModuleNotFoundError("No module named 'sympy'")
+    monkeypatch.setattr(Doubling, "score_answer", missing)
+    refused(capsys, lambda: load_task("gym:double"), "gym:double", "No module named 'sympy'")
 
 
 def test_gym(capsys):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, files, plain
+from helpers import ROOT, files, refused
 from PIL import Image
 
 from utils.run import step_generator
@@ -32,16 +32,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NANOGRPO_DATA", raising=False)
     return tmp_path
-
-
-def refused(capsys, call, *wanted):
-    """Leaves with code 2 and one line that holds all of `wanted`."""
-    with pytest.raises(SystemExit) as left:
-        call()
-    message = capsys.readouterr().err.strip()
-    assert left.value.code == 2
-    assert message.startswith("error: ") and "\n" not in message
-    assert all(part in plain(message) for part in wanted), message
 
 
 def noise(seed, width=20, height=16, mode="RGB"):

@@ -170,13 +170,13 @@ def plain(name):
 
 
 def draw(fig, runs, curves_of, x="step", note=""):
-    """Draws what `collect` returned: a panel a metric, one legend above them, one label of x below."""
+    """Draws what `collect` returned, a panel a metric. A run with `top1` has one action: no "/ token"."""
     from matplotlib.lines import Line2D
     styles = {name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 5], "marker": MARKERS[i % 6]}
               for i, name in enumerate(runs)}
     names = [plain(f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name)
              for name, frames in runs.items()]
-    unit = "" if all("top1" in frame for frames in runs.values() for frame in frames) else " / token"
+    per_token = "" if all("top1" in frame for frames in runs.values() for frame in frames) else " / token"
     columns = 2 if len(curves_of) == 4 else min(len(curves_of), 3)
     rows = -(-len(curves_of) // columns)
     width, height = (6.4, 3.66) if len(curves_of) == 1 else (3.5 * columns, 2.5 * rows + 0.36)
@@ -186,7 +186,7 @@ def draw(fig, runs, curves_of, x="step", note=""):
     fig.legend([Line2D([], [], markersize=4, **style) for style in styles.values()], names, ncols=fit,
                loc="outside upper left", borderaxespad=0.2, borderpad=0.2)
     for i, (y, drawn) in enumerate(curves_of.items()):
-        ax = fig.add_subplot(rows, columns, i + 1, ylabel=plain(LABELS.get(y, y).replace(" / token", unit)))
+        ax = fig.add_subplot(rows, columns, i + 1, ylabel=plain(LABELS.get(y, y).replace(" / token", per_token)))
         for name, curves in drawn.items():
             draw_run(ax, curves, styles[name], list(runs).index(name) / len(runs))
         if x in ("step", "samples", "tokens"):

@@ -21,10 +21,10 @@ def gym(spec):
         try:
             settings[setting] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            die(f"--task gym:{spec}: {part!r} is no setting: wanted NAME=VALUE, the value as Python writes "
-                "it, such as max_terms=2 or operators=('+','-')")
+            die(f"--task gym:{spec}: {part!r} is no setting: wanted one as Python writes it: max_terms=2")
     try:
         dataset = package.create_dataset(name, **settings)
+        dataset.score_answer(dataset[0]["answer"] or "", dataset[0])  # it must not fail on its own
     except Exception as error:  # each dataset checks its settings in a way of its own
         why = " ".join(str(error).split()) or type(error).__name__
         die(f"--task gym:{spec}: {why}. Its settings: {', '.join(known[name][1].__annotations__)}")
@@ -36,6 +36,6 @@ def gym(spec):
     def reward(completion, row):
         try:
             return dataset.score_answer(completion.strip(), row)
-        except Exception:  # some scorers, such as prime_factorization's, raise where they wanted a number
+        except Exception:  # some scorers, prime_factorization's for one, raise at text that is no number
             return 0.0
     return sample, reward
