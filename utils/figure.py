@@ -176,7 +176,7 @@ def draw(fig, runs, curves_of, x="step", note=""):
               for i, name in enumerate(runs)}
     names = [plain(f"{name} (mean ± std of {len(frames)} seeds)" if len(frames) > 1 else name)
              for name, frames in runs.items()]
-    per_token = "" if all("top1" in frame for frames in runs.values() for frame in frames) else " / token"
+    unit = "" if all("top1" in frame for frames in runs.values() for frame in frames) else " / token"
     columns = 2 if len(curves_of) == 4 else min(len(curves_of), 3)
     rows = -(-len(curves_of) // columns)
     width, height = (6.4, 3.66) if len(curves_of) == 1 else (3.5 * columns, 2.5 * rows + 0.36)
@@ -186,7 +186,7 @@ def draw(fig, runs, curves_of, x="step", note=""):
     fig.legend([Line2D([], [], markersize=4, **style) for style in styles.values()], names, ncols=fit,
                loc="outside upper left", borderaxespad=0.2, borderpad=0.2)
     for i, (y, drawn) in enumerate(curves_of.items()):
-        ax = fig.add_subplot(rows, columns, i + 1, ylabel=plain(LABELS.get(y, y).replace(" / token", per_token)))
+        ax = fig.add_subplot(rows, columns, i + 1, ylabel=plain(LABELS.get(y, y).replace(" / token", unit)))
         for name, curves in drawn.items():
             draw_run(ax, curves, styles[name], list(runs).index(name) / len(runs))
         if x in ("step", "samples", "tokens"):
