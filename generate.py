@@ -2,72 +2,20 @@
 
 A policy is a module with `config.block_size`, `hidden(tokens, pad, cache)` and `logits(hidden)`. Nothing here
 knows its architecture. A group's prompt is read once: in sampling, in scoring and in the update.
-Left out: beam search and other samplers whose probabilities have no closed form.
+Left out: several turns.
 Run: python sample.py
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from attention import GroupCache, PromptCache
+from sampler import draw
 from utils.run import step_generator
 from utils.text import completions
 
-
-# ---- the sampler ----
-def kept_set(logits, top_k=0, top_p=1.0):
-    """Which tokens top_k (0: all; ties with the k-th stay) and then top_p leave: (..., V) -> bool (..., V).
-
-    top_p (arXiv:1904.09751) keeps the likeliest tokens until their mass is past it, and the one that takes it
-    there. The boundary cases are those of LlamaGen (arXiv:2406.06525).
-    """
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    kept = logits > -torch.inf
-    if top_p < 1:
-        ordered, index = logits.sort(descending=True, stable=True)
-        drop = (ordered.softmax(-1).cumsum(-1) > top_p).roll(1, -1)  # is the mass before it past top_p?
-        drop[..., 0] = False
-        kept = kept & ~torch.zeros_like(drop).scatter(-1, index, drop)
-    return kept
-
-
-def sampling_logp(logits, top_k=0, top_p=1.0):
-    """Log-probabilities that sampling follows, (..., V) -> (..., V); -inf outside the kept set."""
-    if top_k or top_p < 1:
-        logits = logits.masked_fill(~kept_set(logits, top_k, top_p), -torch.inf)
-    return logits.log_softmax(-1)
-
-
-def inverse_cdf(logp, u):
-    """First token whose cumulative probability exceeds u: logp (N, V), u (N,) in [0, 1) -> (N,).
-
-    In float64, since a float32 sum over V tokens would lose the unlikely ones. u is scaled by the last sum,
-    which is 1 but for rounding, so that it is always exceeded. A GPU sums a long row slowly, but many short
-    ones quickly: there the block of 256 tokens is found first, then the token in it.
-    """
-    if logp.device.type == "mps":  # it has no float64
-        return inverse_cdf(logp.cpu(), u.cpu()).to(logp.device)
-    p, u = logp.double().exp(), u.double()[:, None]
-    if p.is_cuda and p.shape[1] > 4096:
-        blocks = F.pad(p, (0, -p.shape[1] % 256)).unflatten(1, (-1, 256))  # (N, blocks, 256)
-        ends = blocks.sum(-1).cumsum(-1)
-        u = u * ends[:, -1:]
-        block = torch.searchsorted(ends, u, right=True).clamp(max=ends.shape[1] - 1)  # (N, 1)
-        within = blocks.gather(1, block[:, :, None].expand(-1, 1, 256))[:, 0].cumsum(-1)  # (N, 256)
-        before = ends.gather(1, block) - within[:, -1:]
-        action = block * 256 + torch.searchsorted(within, u - before, right=True).clamp(max=255)
-        return action[:, 0].clamp(max=p.shape[1] - 1)
-    cdf = p.cumsum(-1)
-    action = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
-    return action.clamp(max=p.shape[1] - 1)
-
-
-def draw(model, hidden, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """Last hidden states (N, C) and uniforms (N,) -> the next tokens (N,) and their log-probabilities."""
-    dist = sampling_logp(model.logits(hidden).float() / temperature, top_k, top_p)  # (N, V)
-    action = inverse_cdf(dist, uniform)
-    return action, dist.gather(1, action[:, None])[:, 0]
+PART = 16  # tokens between two looks at whether all answers have ended: on a GPU a look has to be waited for
 
 
 def next_token(model, token, cache, *how):
@@ -86,46 +34,66 @@ def ended(tokens, stop):
     return result
 
 
+class Decoding:
+    """N = B·G answers of up to T tokens to prompts (B, P) while they grow: tokens and logp (N, T)."""
+    kind = GroupCache
+
+    def __init__(self, model, prompt, pad, group_size, uniforms, how, fast=None):
+        self.model, self.prompt, self.pad, self.group_size = model, prompt, pad, group_size
+        self.uniforms, self.how, self.step = uniforms, how, fast or functools.partial(next_token, model)
+        self.tokens, self.logp = torch.zeros_like(uniforms, dtype=torch.long), torch.zeros_like(uniforms)
+        end = prompt.shape[1] + uniforms.shape[1]
+        self.positions = torch.arange(end, device=prompt.device) if fast else range(end)
+
+    def begin(self):
+        """Reads each prompt once, and draws the first token of its answers."""
+        cache = PromptCache(self.pad)
+        hidden = self.model.hidden(self.prompt, cache=cache)[:, -1].repeat_interleave(self.group_size, 0)
+        self.cache = self.kind(cache, self.group_size, self.tokens.shape[1])
+        return draw(self.model, hidden, self.uniforms[:, 0], *self.how)
+
+    def draw(self, first, last):
+        """Tokens `first` to `last` - 1 of every answer."""
+        for t in range(first, last):
+            if t:
+                self.cache.start = self.positions[self.prompt.shape[1] + t - 1]
+                drawn = self.step(self.tokens[:, t - 1:t], self.cache, self.uniforms[:, t], *self.how)
+            self.tokens[:, t], self.logp[:, t] = drawn if t else self.begin()
+
+
 @torch.no_grad()
 def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top_p=1.0, stop=(),
-             generator=None, uniforms=None, pad=None, fast_next_token=None, graph=None):
+             generator=None, uniforms=None, pad=None, fast_next_token=None, graphs=None):
     """G answers to each of B prompts: (B, P) -> tokens (B·G, P + T), logp and mask (B·G, T); T = max_new.
 
     stop: token sequences that end an answer. They are part of it (mask is True), what follows is not.
     A token is drawn by inverse CDF: the first one whose cumulative probability exceeds a number of uniforms
     (B·G, T), which come from `generator` unless given. pad (B,): padding on the left of each prompt.
     logp is that of the distribution sampled from: temperature, then top_k, then top_p.
-    fast_next_token: `next_token`, compiled. graph: graph.py's, which decodes on a GPU.
+    fast_next_token: `next_token`, compiled. graphs: graph.py's, which replay the loop on a GPU.
     ValueError where prompt and answer don't fit the context.
     """
-    (B, P), device, N = prompt.shape, prompt.device, prompt.shape[0] * group_size
+    P, device, N = prompt.shape[1], prompt.device, prompt.shape[0] * group_size
     if P + max_new > model.config.block_size:
         raise ValueError(f"prompt {P} + max_new {max_new} don't fit the context of "
                          f"{model.config.block_size} (block_size)")
     if uniforms is None:
         uniforms = torch.rand(N, max_new, generator=generator).to(device)
-    how = temperature, top_k, top_p
-    prompt_cache = PromptCache(pad)
-    hidden = model.hidden(prompt, cache=prompt_cache)[:, -1].repeat_interleave(group_size, 0)
-    answer, logp = torch.zeros(N, max_new, dtype=torch.long, device=device), torch.zeros_like(uniforms)
-    answer[:, 0], logp[:, 0] = draw(model, hidden, uniforms[:, 0], *how)
-    if graph:
-        graph.decode(prompt_cache, group_size, answer, logp, uniforms, how, stop)
-    else:
-        cache = GroupCache(prompt_cache, group_size, max_new)
-        position = torch.arange(P + max_new, device=device) if fast_next_token else range(P + max_new)
-        # inference mode is the quickest, but autocast would cast each weight again at each token in it
-        mode = torch.no_grad if torch.is_autocast_enabled(device.type) else torch.inference_mode
-        step = fast_next_token or mode()(lambda *read: next_token(model, *read))
-        for t in range(1, max_new):
-            look = device.type == "cpu" or t % 8 == 0  # a GPU's answer has to be waited for
-            if stop and look and ended(answer[:, :t], stop).any(1).all():
+    decoding = Decoding(model, prompt, pad, group_size, uniforms, (temperature, top_k, top_p), fast_next_token)
+    if graphs:
+        decoding = graphs.recorded(decoding)
+    # inference mode is the quickest, but autocast would cast each weight again at each token in it
+    mode = torch.no_grad if graphs or torch.is_autocast_enabled(device.type) else torch.inference_mode
+    part = 1 if device.type == "cpu" and not graphs else PART
+    with mode():
+        for t in range(0, max_new, part):
+            if t and stop and ended(decoding.tokens[:, :t], stop).any(1).all():
                 break
-            cache.start = position[P + t - 1]
-            answer[:, t], logp[:, t] = step(answer[:, t - 1:t], cache, uniforms[:, t], *how)
+            decoding.draw(t, min(t + part, max_new))
+    answer = decoding.tokens
     stops = ended(answer, stop).long()
     mask = stops.cumsum(1) - stops == 0  # no stop before it
-    return torch.cat([prompt.repeat_interleave(group_size, 0), answer], 1), logp * mask, mask
+    return torch.cat([prompt.repeat_interleave(group_size, 0), answer], 1), decoding.logp * mask, mask
 
 
 def score(model, tokens, prompt_len, temperature=1.0, pad=None, group_size=1, entropy_grad=False):

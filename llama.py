@@ -165,8 +165,8 @@ class Llama(nn.Module):
             raise ValueError(f"{stop} tokens don't fit the context of {self.config.block_size} (block_size)")
         position, mask = places(T, pad, device) if cache is None else cache.places(T, device)
         angle = position[..., None] * frequencies(self.config, device)
-        cos, sin = angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)  # (1 or N, 1, T, head_dim / 2)
         x = self.embed_tokens(tokens)
+        cos, sin = (part.unsqueeze(-3).to(x.dtype) for part in (angle.cos(), angle.sin()))  # (1 or N, 1, T, d/2)
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = recomputed(block, x, cos, sin, mask, cache, use_reentrant=False)

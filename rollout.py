@@ -3,13 +3,14 @@
 The answers' tensors, (B, G, T), are in answers.py. Left out: several turns.
 Run: python train_grpo.py
 """
+import contextlib
 import functools
 
 import torch
 
 from answers import Answers
 from generate import generate, next_token, score
-from graph import DecodeGraph
+from graph import Graphs
 from grpo import masked_mean
 from policy import sampling
 from reward import gold_score, load_questions, load_scorer, quality
@@ -45,18 +46,18 @@ class Environment:
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
         self.cut = 0.0  # share of the last step's answers that --max_new cut
         self.sampling, self.exact, dtype = sampling(policy, args.sample_dtype, run)
-        self.graph = DecodeGraph(policy, dtype) if self.device.type == "cuda" else None
+        self.graphs = Graphs(policy, dtype) if self.device.type == "cuda" else None
 
     # ---- answers, and what they earn ----
     def sample(self, policy, prompts, group_size, uniforms, fast_next_token=None):
         """Answers: tokens (N, P + T), logp and mask (N, T), texts. Autocast casts each weight once."""
         pad = None if prompts.pad is None else prompts.pad.to(self.device)
-        policy = self.graph.refreshed() if self.graph else policy
-        with self.sampling():
+        policy = self.graphs.refreshed() if self.graphs else policy
+        with contextlib.nullcontext() if self.graphs else self.sampling():
             tokens, logp, mask = generate(
                 policy, prompts.tokens.to(self.device), self.T, group_size, self.args.temperature, pad=pad,
                 stop=self.tokenizer.stops, uniforms=uniforms.to(self.device), fast_next_token=fast_next_token,
-                graph=self.graph)
+                graphs=self.graphs)
         return tokens, logp, mask, completions(tokens[:, self.P:], mask, self.tokenizer)
 
     def rollout(self, policy, generator, rows=slice(None)):
@@ -64,7 +65,7 @@ class Environment:
         B, G = self.args.prompts_per_step, self.args.group_size
         index = self.train.draw(B, generator)[self.share][rows]
         uniforms = torch.rand(B, G, self.T, generator=generator)[self.share][rows].flatten(0, 1)
-        fast = self.fast(next_token, policy) if self.args.compile and not self.graph else None
+        fast = self.fast(next_token, policy) if self.args.compile and not self.graphs else None
         prompts, repeated = (self.train.pick(index, n) for n in (1, G))
         tokens, logp, mask, texts = self.sample(policy, prompts, G, uniforms, fast)
         longest = self.T if fast else max(ranks.gather([int(mask.any(0).sum())]))
@@ -87,7 +88,8 @@ class Environment:
             return [torch.cat(x) for x in zip(*scored)]
         tokens = answers.tokens[rows]
         by = self.fast(score, model) if self.args.compile else functools.partial(score, model)
-        with self.run.autocast():
+        by = self.graphs.scoring(by, model, self.run.autocast) if self.graphs else by
+        with contextlib.nullcontext() if self.graphs else self.run.autocast():
             both = by(tokens.flatten(0, 1), self.P, self.args.temperature, answers.padding(rows),
                       tokens.shape[1] if self.share_prompt else 1, self.args.entropy_coef > 0)
         return [x.unflatten(0, tokens.shape[:2]) for x in both]

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 
 from engines import Work, differences, prepare, run_ours, run_trl  # noqa: E402
 from generate import generate, score  # noqa: E402
-from graph import DecodeGraph  # noqa: E402
+from graph import Graphs  # noqa: E402
 from model import SIZES, GPT, GPTConfig  # noqa: E402
 from utils.cli import atomic_write, die, parse  # noqa: E402
 from utils.device import compiled, pick_autocast, write_run_record  # noqa: E402
@@ -118,12 +118,12 @@ def floor(args):
     n = sum(p.numel() for p in model.parameters())
     prompt, N = torch.randint(vocab, (B, P), device=device), B * G
     for dtype in ("fp32", "bf16"):
-        decoder = DecodeGraph(model, dtype)
+        decoder = Graphs(model, dtype)
         times = {}
         for length in (1, T):
             uniforms = torch.rand(N, length, device=device)
             times[length] = seconds_of(lambda: generate(decoder.sampler, prompt, length, G, uniforms=uniforms,
-                                                        graph=decoder), 5, device)
+                                                        graphs=decoder), 5, device)
         step = (times[T] - times[1]) / (T - 1)
         size = 2 if dtype == "bf16" else 4
         cache = 2 * layers * width * (B * P + N * T / 2)  # numbers: a group's prompt once, half the answers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from generate import ended, generate, score
-from graph import DecodeGraph
+from graph import Graphs
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 
@@ -27,14 +27,14 @@ def make(kind):
 def test_fixed_buffers_decode_as_the_eager_step_does(kind, padded, device):
     """The same tokens, masks and log-probabilities over two lengths of the buffer; buffers are used twice."""
     model = make(kind).to(device)
-    graph = DecodeGraph(model)
+    graph = Graphs(model)
     for seed in (1, 3):  # with 2 a number lies 3e-8 beside a boundary: some CPUs draw the neighbour
         g = torch.Generator().manual_seed(seed)
         prompt = torch.randint(50, (3, 7), generator=g).to(device)
         pad = torch.tensor([0, 2, 5], device=device) if padded else None
         uniforms = torch.rand(12, 90, generator=g).to(device)
         how = {"group_size": 4, "stop": [(3, 4), (7,)] if seed == 1 else [], "uniforms": uniforms, "pad": pad}
-        want, got = generate(model, prompt, 90, **how), generate(model, prompt, 90, **how, graph=graph)
+        want, got = generate(model, prompt, 90, **how), generate(model, prompt, 90, **how, graphs=graph)
         assert torch.equal(want[2], got[2]) and torch.equal(want[0].cpu()[:, 7:][want[2].cpu()],
                                                             got[0].cpu()[:, 7:][got[2].cpu()])
         torch.testing.assert_close(want[1], got[1], rtol=1e-4, atol=1e-5)
@@ -46,14 +46,14 @@ def test_fixed_buffers_decode_as_the_eager_step_does(kind, padded, device):
 def test_the_half_precision_copy_follows_the_weights(device):
     """Without refresh it would sample from old weights; what it notes is near a float32 score."""
     model = make("gpt").to(device)
-    graph = DecodeGraph(model, "bf16")
+    graph = Graphs(model, "bf16")
     for p in model.parameters():
         p.data += 0.5 * torch.randn_like(p)
     prompt, g = torch.randint(50, (2, 7)).to(device), torch.Generator().manual_seed(0)
     uniforms = torch.rand(8, 20, generator=g).to(device)
     gaps = []
     for sampler in (lambda: graph.sampler, graph.refreshed):
-        tokens, logp, _ = generate(sampler(), prompt, 20, 4, uniforms=uniforms, graph=graph)
+        tokens, logp, _ = generate(sampler(), prompt, 20, 4, uniforms=uniforms, graphs=graph)
         with torch.no_grad():
             gaps.append((score(model, tokens, 7, group_size=4)[0] - logp).abs().mean().item())
     assert gaps[1] < 0.05 < 0.5 < gaps[0]

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import GroupCache, PromptCache, plain_attention
-from generate import generate, inverse_cdf, sampling_logp, score
+from generate import generate, score
+from sampler import inverse_cdf, sampling_logp
 from model import GPT, SIZES, GPTConfig
 
 V = 11

@@ -75,7 +75,7 @@ def pick_autocast(device, dtype="auto"):
 
 def compiled(function, device):
     """torch.compile with static shapes. It costs a minute or more at the first step."""
-    return torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    return torch.compile(function, dynamic=False)
 
 
 def check_compiler(device):

@@ -5,6 +5,7 @@ classifier-free guidance (CFG, arXiv:2207.12598). Parameter names are LlamaGen's
 Slot 0 of the sequence holds the class, and slot 1 + t holds code t. The logits at slot t are those of code t.
 Left out: text conditions, several class slots, null labels in training. Run: python -m vision.c2i_grpo
 """
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import attention
+from graph import forward_graph
 from vision.c2i.sampling import check_sampling, draw, guide, guided_steps
 from vision.c2i.vq import in_range
 
@@ -178,7 +180,7 @@ class ImageGPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.recordings = config, {}
         classes = nn.Embedding(config.num_classes + 1, config.dim)  # the last one is null
         self.cls_embedding = nn.ModuleDict({"embedding_table": classes})
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -222,11 +224,25 @@ class ImageGPT(nn.Module):
 
         T = block_size. The images of a label stand side by side, and its slot is prefilled once for all.
         kept is None where all codes may be drawn. Draws are inverse-CDF on uniforms (B·G, T). `score` with
-        the same settings and `kept` gives logp again. ValueError on a setting or a label out of range.
+        the same settings and `kept` gives logp again. ValueError on a setting or a label out of range. On one
+        GPU the whole loop is a recorded graph.
         """
-        c, device, N = self.config, labels.device, len(labels) * group_size
         check_sampling(cfg_scale, temperature, top_k, top_p)
-        in_range("labels", labels, c.num_classes)
+        in_range("labels", labels, self.config.num_classes)
+        how = group_size, cfg_scale, cfg_interval, temperature, top_k, top_p
+        uniforms, loop = uniforms.to(labels.device), functools.partial(self.loop, how)
+        if labels.is_cuda and not torch.distributed.is_initialized():
+            key = id(self), uniforms.shape, torch.is_autocast_enabled(), how  # a copy needs its own
+            if key not in self.recordings:
+                self.recordings[key] = forward_graph(loop, (labels, uniforms))
+            loop = self.recordings[key]
+        codes, logp, *kept = loop(labels, uniforms)
+        return codes, logp, kept[0] if kept else None
+
+    def loop(self, how, labels, uniforms):
+        """What `sample` returns, without a kept of None."""
+        group_size, cfg_scale, cfg_interval, *how = how
+        c, device, N = self.config, labels.device, len(labels) * group_size
         n_guided = guided_steps(c.block_size, cfg_scale, cfg_interval)
         codes = torch.zeros(N, c.block_size, dtype=torch.int32, device=device)
         draws = []
@@ -240,10 +256,10 @@ class ImageGPT(nn.Module):
                 logits = self(torch.cat([last, last]) if t < n_guided else last, None, slots)
             if t < n_guided:
                 logits = guide(*logits.chunk(2), cfg_scale)
-            draws.append(draw(logits[:, 0], uniforms[:, t].to(device), temperature, top_k, top_p))
+            draws.append(draw(logits[:, 0], uniforms[:, t], *how))
             codes[:, t] = draws[t][0]
         _, logp, kept = zip(*draws)
-        return codes, torch.stack(logp, 1), None if kept[0] is None else torch.stack(kept, 1)
+        return [codes, torch.stack(logp, 1), *([] if kept[0] is None else [torch.stack(kept, 1)])]
 
     def generate(self, labels, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
                  generator=None):

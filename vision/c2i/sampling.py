@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from generate import inverse_cdf, kept_set
+from sampler import inverse_cdf, kept_set
 
 
 def check_sampling(cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
