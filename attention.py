@@ -21,7 +21,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
         return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=repeats > 1)
     queries = q.reshape(*k.shape[:2], -1, q.shape[3])  # no fused kernel has both, masks and fewer kv heads
     y = F.scaled_dot_product_attention(queries, k, v, mask.repeat(1, 1, repeats, 1), dropout)
-    return y.view(q.shape)
+    return y.reshape(q.shape)
 
 
 @torch.autocast("cpu", enabled=False)  # it would copy what softmax reads into float32 and back

@@ -112,7 +112,7 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (N, heads or kv heads, T, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(torch.cat([q, k], 1), cos, sin).split([q.shape[1], k.shape[1]], 1)
         y = attention(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(N, T, -1))
 

@@ -117,7 +117,10 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        return F.linear(hidden, self.wte.weight)
+        weight, V = self.wte.weight, self.config.vocab_size
+        if weight.is_cuda and V % 8:  # a GPU is several times slower where V is no multiple of 8
+            weight = F.pad(weight, (0, 0, 0, -V % 8))
+        return F.linear(hidden, weight)[..., :V]
 
     def forward(self, tokens, pad=None):
         """tokens (N, T) -> logits (N, T, V) of the next token."""

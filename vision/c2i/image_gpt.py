@@ -136,9 +136,9 @@ class Attention(nn.Module):
     def forward(self, x, slots):
         c, dropout = self.config, self.config.attn_dropout_p if self.training else 0.0
         qkv = self.wqkv(x).unflatten(-1, (-1, c.head_dim))  # (B, T, n_head + 2 kv_heads, head_dim)
-        q, k, v = qkv.split([c.n_head, c.kv_heads, c.kv_heads], dim=2)
-        q, k = rotate(q, slots.rope), rotate(k, slots.rope)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, T, head_dim)
+        qk, v = qkv.split([c.n_head + c.kv_heads, c.kv_heads], dim=2)
+        qk, v = rotate(qk, slots.rope).transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
+        q, k = qk.split([c.n_head, c.kv_heads], dim=1)
         k, v = slots.store(self, k, v)
         if c.kv_heads != c.n_head:
             k, v = (y.repeat_interleave(c.n_head // c.kv_heads, 1) for y in (k, v))
