@@ -1,12 +1,13 @@
-"""CUDA graphs of the three slow loops: sampling, scoring and the backward pass of scoring.
+"""CUDA graphs: what Python would launch kernel by kernel is recorded once, and launched at once ever after.
 
-A graph records the kernels that Python launches, and launches them all at once. It replays the same work on
-the same memory, so each shape has a recording of its own, and what changes is copied in before a replay.
-The recorded functions are those of the other files. On a CPU they run as they are, for the tests.
-Left out: the optimizer's step, the loss, shapes that change during a replay.
+A recording replays the same kernels on the same memory. So each shape has its own, what changes is copied in
+before, and what comes out is copied out. The recorded functions are those of the other files: sampling in
+parts of 16 tokens, scoring, and scoring's backward pass. On a CPU they run as they are, for the tests.
+Left out: the loss, the optimizer, PPO's critic.
 Run: python train_grpo.py --device cuda
 """
 import copy
+import functools
 import sys
 
 import torch
@@ -19,13 +20,13 @@ from attention import causal_mask
 class AnswerCache:
     """Keys and values of N answers, prompt included: a pair of buffers (N, kv heads, P + T, d) a layer.
 
-    A group's prompt is held G times: on a GPU one kernel reads a row's buffer, and memory is no concern.
+    A group's prompt is held G times, so that one kernel finds a whole row side by side.
     start: how many tokens stand before the one that is read.
     """
 
     def __init__(self, prompt, group_size, size):
         self.pad = None if prompt.pad is None else prompt.pad.repeat_interleave(group_size)  # (N,)
-        size = -(-(prompt.length + size) // 8) * 8 - prompt.length  # the kernel wants masks of 8, 16, … keys
+        size += -(prompt.length + size) % 8  # the kernel reads masks of 8, 16, 24, … keys
         self.pairs = {layer: [F.pad(x.repeat_interleave(group_size, 0), (0, 0, 0, size)) for x in pair]
                       for layer, pair in prompt.pairs.items()}
         (self.some, _), *_ = self.pairs.values()
@@ -34,7 +35,7 @@ class AnswerCache:
         position, self.stop = torch.full((1,), self.start, device=device), self.start + 1
         if self.pad is None:
             return position, None
-        self.stop = -(-self.stop // 8) * 8
+        self.stop += -self.stop % 8
         seen = causal_mask(position, self.stop, self.pad)  # (N, 1, 1, stop)
         hide = torch.zeros_like(seen, dtype=self.some.dtype).masked_fill(~seen, -torch.inf)
         return position - self.pad[:, None], hide
@@ -51,59 +52,81 @@ class AnswerCache:
         return y.reshape(N, heads, 1, d)
 
 
-def record(function, pool=None):
-    """The kernels of function() as a graph -> what replays them; on a CPU, or where that fails, function."""
-    if not torch.cuda.is_available():
+# ---- recording ----
+def made_or_eager(make, function):
+    """make(), or where no graph can be made `function` itself, with a line that says so."""
+    try:
+        return make()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        print(f"no CUDA graph, so slower: {str(error).splitlines()[0][:150]}", file=sys.stderr)
+        return function
+
+
+def record(function, device, pool=None):
+    """-> what does again what function() does, without Python."""
+    if device.type != "cuda":
         return function
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()  # libraries take their memory at the first call
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    torch.clear_autocast_cache()  # weights that autocast cast before would be those of now for ever
-    try:
+
+    def make():
+        graph = torch.cuda.CUDAGraph()
+        torch.clear_autocast_cache()  # weights cast before the recording would stay those of now
         with torch.cuda.graph(graph, pool=pool):
             function()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return without(error, function)
-    finally:
         torch.clear_autocast_cache()
-    return graph.replay
+        return graph.replay
+    return made_or_eager(make, function)
 
 
-def without(error, function):
-    print(f"no CUDA graph, so slower: {str(error).splitlines()[0][:150]}", file=sys.stderr)
-    return function
+def record_call(function, inputs, pool=None):
+    """-> what does again what function(*inputs) does, without a backward pass, on inputs of these shapes."""
+    kept, outputs = [x.clone() for x in inputs], []
+
+    def call():
+        outputs[:] = function(*kept)
+    replay = record(call, kept[0].device, pool)
+
+    def replayed(*inputs):
+        for old, new in zip(kept, inputs):
+            old.copy_(new)
+        replay()
+        return [x.clone() for x in outputs]
+    return replayed
 
 
 class Recording:
-    """A Decoding whose parts are graphs."""
+    """A Decoding of generate.py that draws its tokens by recordings, a part of them each."""
 
     def __init__(self, decoding, pool):
         decoding.kind = AnswerCache
-        decoding.prompt, decoding.uniforms = decoding.prompt.clone(), decoding.uniforms.clone()
-        decoding.pad = None if decoding.pad is None else decoding.pad.clone()
+        self.inputs = [decoding.prompt.clone(), decoding.uniforms.clone(),
+                       None if decoding.pad is None else decoding.pad.clone()]
+        decoding.prompt, decoding.uniforms, decoding.pad = self.inputs
         self.decoding, self.tokens, self.logp = decoding, decoding.tokens, decoding.logp
         self.parts, self.pool = {}, pool
 
     def refill(self, other):
-        for name in ("prompt", "uniforms", "pad"):
-            if getattr(other, name) is not None:
-                getattr(self.decoding, name).copy_(getattr(other, name))
+        for old, new in zip(self.inputs, (other.prompt, other.uniforms, other.pad)):
+            if old is not None:
+                old.copy_(new)
         self.tokens.zero_()
         self.logp.zero_()
 
     def draw(self, first, last):
         if first not in self.parts:
-            self.parts[first] = record(lambda: self.decoding.draw(first, last), self.pool)
+            device = self.tokens.device
+            self.parts[first] = record(lambda: self.decoding.draw(first, last), device, self.pool)
         self.parts[first]()
 
 
 class Scorer(nn.Module):
-    """`score` of one model in one precision, with fixed settings, as make_graphed_callables wants it."""
+    """generate.score of one model, with its settings fixed, as make_graphed_callables wants it."""
 
     def __init__(self, score, model, autocast, P, temperature, *more):
         super().__init__()
@@ -119,11 +142,10 @@ class Graphs:
     """A run's recordings. They sample in float32 (fp32), or from a copy of the weights in bfloat16 (bf16)."""
 
     def __init__(self, model, dtype="fp32"):
-        self.model, self.sampler, self.recordings, self.scorers = model, model, {}, {}
+        self.model, self.sampler, self.decodings, self.scorers, self.cloned = model, model, {}, {}, set()
         if dtype == "bf16":
             self.sampler = copy.deepcopy(model).bfloat16().requires_grad_(False)
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-        self.hooked = set()
 
     @torch.no_grad()
     def refreshed(self):
@@ -133,60 +155,42 @@ class Graphs:
         return self.sampler
 
     def recorded(self, decoding):
-        """The recording of a Decoding of this shape, with its prompts and uniforms."""
+        """The recording for a Decoding of this shape, with its prompts and uniforms."""
         shape = decoding.prompt.shape, decoding.uniforms.shape, decoding.how
-        if shape not in self.recordings:
-            self.recordings[shape] = Recording(decoding, self.pool)
-        self.recordings[shape].refill(decoding)
-        return self.recordings[shape]
+        if shape not in self.decodings:
+            self.decodings[shape] = Recording(decoding, self.pool)
+        self.decodings[shape].refill(decoding)
+        return self.decodings[shape]
 
     def scoring(self, score, model, autocast):
         """generate.score of a model by recordings: tokens (N, P + T) -> log-probability, entropy (N, T).
 
-        Rows and T are filled up to those of a recording that is there, or of a new one.
+        The answers are filled up to a multiple of 16 tokens, and their number to one that has a recording.
         """
         def recorded(tokens, P, temperature, pad, *more):
-            N, T = len(tokens), tokens.shape[1] - P
-            tokens = F.pad(tokens, (0, -T % 16))
-            key = id(model), tokens.shape[1], P, torch.is_grad_enabled()
-            rows = min((n for n in self.scorers.get(key, {}) if n >= N), default=N)
-            inputs = [F.pad(tokens, (0, 0, 0, rows - N))]
-            inputs += [] if pad is None else [F.pad(pad, (0, rows - N))]
-            known = self.scorers.setdefault(key, {})
+            (N, length), most = tokens.shape, model.config.block_size
+            tokens = F.pad(tokens, (0, min((P - length) % 16, most - length)))
+            known = self.scorers.setdefault((id(model), tokens.shape[1], torch.is_grad_enabled()), {})
+            rows = min((n for n in known if n >= N), default=N)
+            inputs = tuple(F.pad(x, (0, 0) * (x.dim() - 1) + (0, rows - N))
+                           for x in (tokens, pad) if x is not None)
             if rows not in known:
-                known[rows] = self.record(Scorer(score, model, autocast, P, temperature, *more), inputs)
-            return [x[:N, :T] for x in known[rows](*inputs)]
+                scorer = Scorer(score, model, autocast, P, temperature, *more)
+                known[rows] = (self.with_backward(scorer, inputs) if torch.is_grad_enabled() else
+                               record_call(scorer, inputs, self.pool))
+            return [x[:N, :length - P] for x in known[rows](*inputs)]
         return recorded
 
-    def record(self, scorer, inputs):
-        if not torch.is_grad_enabled():
-            return forward_graph(scorer, inputs, self.pool)
-        if not torch.cuda.is_available():
+    def with_backward(self, scorer, inputs):
+        """-> what does again what scorer(*inputs) and its backward pass do."""
+        if not inputs[0].is_cuda:
             return scorer
-        try:
-            scorer = torch.cuda.make_graphed_callables(scorer, tuple(inputs), pool=self.pool)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            return without(error, scorer)
-        for weight in set(scorer.parameters()) - self.hooked:
-            if weight.requires_grad:  # a replay overwrites the gradients of the one before
+        quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda warn: None)
+        quiet(False)  # weights are waited for on another stream than the recording's, which is right
+        graphed = functools.partial(torch.cuda.make_graphed_callables, scorer, inputs, pool=self.pool)
+        scorer = made_or_eager(graphed, scorer)
+        for weight in set(scorer.parameters()) - self.cloned:
+            self.cloned.add(weight)
+            if weight.requires_grad:  # the next backward pass overwrites what this one gave
                 weight.register_hook(torch.clone)
-        self.hooked |= set(scorer.parameters())
         return scorer
-
-
-def forward_graph(function, inputs, pool=None):
-    """function(*inputs), without a backward pass, as a recording."""
-    inputs, outputs = [x.clone() for x in inputs], []
-
-    def forward():
-        outputs[:] = function(*inputs)
-    replay = record(forward, pool)
-
-    def replayed(*given):
-        for kept, new in zip(inputs, given):
-            kept.copy_(new)
-        replay()
-        return [x.clone() for x in outputs]
-    return replayed

@@ -1,12 +1,17 @@
-"""The decode step with fixed buffers against the eager one; the captured graph itself where there is a GPU.
+"""What graph.py records against the same work done eagerly; the CUDA graphs themselves where there is a GPU.
 
 Run: python -m pytest tests/test_graph.py (on a GPU: -m gpu)
 """
+import contextlib
+import functools
+
 import pytest
 import torch
 
+import train_grpo
 from generate import ended, generate, score
-from graph import Graphs
+from graph import Graphs, record
+from utils import ranks
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 
@@ -57,6 +62,62 @@ def test_the_half_precision_copy_follows_the_weights(device):
         with torch.no_grad():
             gaps.append((score(model, tokens, 7, group_size=4)[0] - logp).abs().mean().item())
     assert gaps[1] < 0.05 < 0.5 < gaps[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_recorded_scores_and_gradients_are_the_eager_ones(kind, padded, device):
+    """Fewer rows and shorter answers are filled up; two backward passes add up; new weights are read."""
+    model, other = make(kind).to(device), make(kind).to(device)
+    by = Graphs(model).scoring(functools.partial(score, model), model, contextlib.nullcontext)
+    g = torch.Generator().manual_seed(0)
+    for rows, T in ((12, 20), (8, 20), (4, 9), (12, 20)):
+        tokens = torch.randint(50, (rows, 7 + T), generator=g).to(device)
+        pad = torch.tensor([0, 2, 5], device=device).repeat_interleave(4)[:rows] if padded else None
+        weight = torch.randn(rows, T, generator=g).to(device)
+        for part in (slice(None), slice(4)):  # the second with fewer rows
+            how = None if pad is None else pad[part]
+            for module, scored in ((model, by), (other, functools.partial(score, other))):
+                logp, entropy = scored(tokens[part], 7, 0.7, how, 4, False)
+                (logp * weight[part]).sum().backward()
+                with torch.no_grad():
+                    again = scored(tokens[part], 7, 0.7, how, 4, False)
+                torch.testing.assert_close(again[0], logp.detach())
+                kept = logp if module is model else kept
+                if module is other:
+                    torch.testing.assert_close(kept, logp, rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(again[1], entropy.detach(), rtol=1e-4, atol=1e-5)
+        for p, q in zip(model.parameters(), other.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
+            change = 0.02 * torch.randn(p.shape, generator=g).to(device)
+            p.data += change
+            q.data += change
+            p.grad = q.grad = None
+
+
+@gpu
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_runs_eagerly_and_says_so(capsys):
+    total = torch.zeros(1, device="cuda")
+
+    def waits():  # a recording can't wait for a number
+        total.add_(1 if total.item() >= 0 else 0)
+    again = record(waits, total.device)
+    before = total.item()
+    again()
+    assert total.item() == before + 1 and "no CUDA graph, so slower" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_a_line_that_names_the_flags(monkeypatch, capsys):
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore lines")
+    monkeypatch.setattr(train_grpo, "main", full)
+    with pytest.raises(SystemExit) as stopped, ranks.one_voice():
+        train_grpo.main(None)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert all(word in said for word in ("--micro_batch", "--grad_checkpoint", "--max_new", "20.00 GiB"))
 
 
 def test_where_a_stop_ends():

@@ -246,6 +246,19 @@ def test_evenly_spaced_uniforms_give_every_action_its_share_and_none_to_probabil
     assert (action[:n].bincount(minlength=len(logits)) - n * logp[0].exp()).abs().max() < 1.001
 
 
+def test_of_a_long_row_the_block_is_found_first():
+    """The same token as by one long sum in float64, away from boundaries; never one of probability 0."""
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, 5001, generator=g)
+    logits[:, 4300:4600] = logits[:, 5000] = -math.inf
+    logp, u = logits.log_softmax(-1), torch.rand(200, generator=g, dtype=torch.float64)
+    cdf = logp.double().exp().cumsum(-1)
+    for u in (u, *(torch.full((200,), edge, dtype=torch.float64) for edge in (0.0, *BELOW_ONE))):
+        action, want = inverse_cdf(logp, u), torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+        assert logp.gather(1, action[:, None]).isfinite().all()
+        assert (action == want[:, 0]).float().mean() > 0.98
+
+
 def reference_sampling(logits, top_k, top_p):
     """Top-k keeps all that tie with the k-th; then top-p keeps the likeliest until their mass is past p."""
     cut = sorted(logits, reverse=True)[min(top_k, len(logits)) - 1] if top_k else -math.inf

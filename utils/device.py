@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import atomic_write, beside, command, die
+from utils.cli import atomic_write, beside, command, die, refusing
 
 
 def rank():
@@ -42,16 +42,20 @@ def pick_device(name="auto"):
     """auto: CUDA, then Apple's MPS, then the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
+    with refusing(RuntimeError, f"--device {name!r} is unknown: wanted auto, cpu, cuda, cuda:1 or mps. "):
+        device = torch.device(name)
+    if device.type not in ("cpu", "cuda", "mps"):
         die(f"--device {name!r} is unknown: wanted auto, cpu, cuda or mps")
-    if kind == "cuda" and not torch.cuda.is_available():
-        die("--device cuda: this torch sees no CUDA GPU. Use --device cpu, or install a CUDA build of torch.")
-    if kind == "mps" and not torch.backends.mps.is_available():
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            die(f"--device {name}: this torch sees no CUDA GPU, or its driver is too old. Use --device cpu, or "
+                "install a CUDA build of torch that fits the driver.")
+        if (device.index or 0) >= torch.cuda.device_count():
+            die(f"--device {name}: the GPUs here are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for each new shape
+    if device.type == "mps" and not torch.backends.mps.is_available():
         die("--device mps: this torch sees no Apple GPU. Use --device cpu.")
-    if kind == "cuda":  # cuDNN's attention makes a plan for each new shape, and answers have many lengths
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device(name)
+    return device
 
 
 def pick_autocast(device, dtype="auto"):
@@ -59,15 +63,17 @@ def pick_autocast(device, dtype="auto"):
 
     Returns (context factory, "bf16" or "fp32"). Log-softmax, ratios and losses stay in float32 either way.
     """
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        caps = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = device.type == "cpu" and (caps.get("avx512_bf16") or caps.get("amx_bf16"))
     if dtype == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            caps = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-            fast = device.type == "cpu" and (caps.get("avx512_bf16") or caps.get("amx_bf16"))
         dtype = "bf16" if fast else "fp32"
     if dtype not in ("bf16", "fp32"):
         die(f"--dtype {dtype!r} is unknown: wanted auto, bf16 or fp32")
+    if dtype == "bf16" and device.type == "cuda" and not fast:
+        die(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bfloat16: wanted fp32 or auto")
     if dtype == "fp32":
         return contextlib.nullcontext, dtype
     return lambda: torch.autocast(device.type, torch.bfloat16), dtype

@@ -15,20 +15,25 @@ import time
 import torch
 import torch.distributed as dist
 
-from utils.cli import die
+from utils.cli import die, refusing
 from utils.device import pick_device, rank, world
+
+SMALLER = ("out of memory: --micro_batch 1, --grad_checkpoint or a smaller --max_new need less, and the last "
+           "checkpoint stays. ")
 
 
 @contextlib.contextmanager
 def one_voice():
     """For what all ranks do alike: rank 0 prints, the others are silent, unless one of them ends alone."""
     if not rank():
-        yield
+        with refusing(torch.OutOfMemoryError, SMALLER):
+            yield
         return
     errors = io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-            yield
+            with refusing(torch.OutOfMemoryError, SMALLER):
+                yield
     except SystemExit:
         # torchrun ends all with the first, so rank 0 needs time to print. If rank 0 stays, this one prints.
         where = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))

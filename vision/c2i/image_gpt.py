@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import attention
-from graph import forward_graph
+from graph import record_call
 from vision.c2i.sampling import check_sampling, draw, guide, guided_steps
 from vision.c2i.vq import in_range
 
@@ -234,7 +234,7 @@ class ImageGPT(nn.Module):
         if labels.is_cuda and not torch.distributed.is_initialized():
             key = id(self), uniforms.shape, torch.is_autocast_enabled(), how  # a copy needs its own
             if key not in self.recordings:
-                self.recordings[key] = forward_graph(loop, (labels, uniforms))
+                self.recordings[key] = record_call(loop, (labels, uniforms))
             loop = self.recordings[key]
         codes, logp, *kept = loop(labels, uniforms)
         return codes, logp, kept[0] if kept else None
