@@ -2,8 +2,8 @@
 
 A recording replays the same kernels on the same memory. So each shape has its own, what changes is copied in
 before, and what comes out is copied out. The recorded functions are those of the other files: sampling in
-parts of 16 tokens, scoring, and scoring's backward pass. On a CPU they run as they are, for the tests.
-Left out: the loss, the optimizer, PPO's critic.
+parts of 16 tokens, and a pass of a model, its backward pass too. On a CPU they run as they are, for the tests.
+Left out: the loss, the optimizer.
 Run: python train_grpo.py --device cuda
 """
 import copy
@@ -125,24 +125,23 @@ class Recording:
         self.parts[first]()
 
 
-class Scorer(nn.Module):
-    """generate.score of one model, with its settings fixed, as make_graphed_callables wants it."""
+class Pass(nn.Module):
+    """function(tokens, pad) of a model's, in one precision, as make_graphed_callables wants it."""
 
-    def __init__(self, score, model, autocast, P, temperature, *more):
+    def __init__(self, function, model, autocast):
         super().__init__()
-        self.score, self.model, self.autocast = score, model, autocast
-        self.P, self.temperature, self.more = P, temperature, more
+        self.function, self.model, self.autocast = function, model, autocast
 
     def forward(self, tokens, pad=None):
         with self.autocast():
-            return self.score(tokens, self.P, self.temperature, pad, *self.more)
+            return self.function(tokens, pad)
 
 
 class Graphs:
     """A run's recordings. They sample in float32 (fp32), or from a copy of the weights in bfloat16 (bf16)."""
 
     def __init__(self, model, dtype="fp32"):
-        self.model, self.sampler, self.decodings, self.scorers, self.cloned = model, model, {}, {}, set()
+        self.model, self.sampler, self.decodings, self.passes, self.cloned = model, model, {}, {}, set()
         if dtype == "bf16":
             self.sampler = copy.deepcopy(model).bfloat16().requires_grad_(False)
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
@@ -162,35 +161,36 @@ class Graphs:
         self.decodings[shape].refill(decoding)
         return self.decodings[shape]
 
-    def scoring(self, score, model, autocast):
-        """generate.score of a model by recordings: tokens (N, P + T) -> log-probability, entropy (N, T).
+    def call(self, function, model, autocast, tokens, pad):
+        """function(tokens (N, L), pad (N,) or None) of a model -> its tensors (N, …), by a recording.
 
-        The answers are filled up to a multiple of 16 tokens, and their number to one that has a recording.
+        Rows are filled up on the right to 16, 32, … tokens, and their number to one that has a recording. So
+        the function may not look ahead, and is the same at each call.
         """
-        def recorded(tokens, P, temperature, pad, *more):
-            (N, length), most = tokens.shape, model.config.block_size
-            tokens = F.pad(tokens, (0, min((P - length) % 16, most - length)))
-            known = self.scorers.setdefault((id(model), tokens.shape[1], torch.is_grad_enabled()), {})
-            rows = min((n for n in known if n >= N), default=N)
-            inputs = tuple(F.pad(x, (0, 0) * (x.dim() - 1) + (0, rows - N))
-                           for x in (tokens, pad) if x is not None)
-            if rows not in known:
-                scorer = Scorer(score, model, autocast, P, temperature, *more)
-                known[rows] = (self.with_backward(scorer, inputs) if torch.is_grad_enabled() else
-                               record_call(scorer, inputs, self.pool))
-            return [x[:N, :length - P] for x in known[rows](*inputs)]
-        return recorded
+        (N, length), most = tokens.shape, model.config.block_size
+        more = min(-length % 16, most - length)
+        known = self.passes.setdefault((id(model), length + more, torch.is_grad_enabled()), {})
+        rows = min((n for n in known if n >= N), default=N)
+        inputs = [F.pad(tokens, (0, more, 0, rows - N))]
+        inputs += [] if pad is None else [F.pad(pad, (0, rows - N))]
+        if rows not in known:
+            make = self.with_backward if torch.is_grad_enabled() else self.without_backward
+            known[rows] = make(Pass(function, model, autocast), tuple(inputs))
+        return [x[:N, :x.shape[1] - more] for x in known[rows](*inputs)]
 
-    def with_backward(self, scorer, inputs):
-        """-> what does again what scorer(*inputs) and its backward pass do."""
+    def without_backward(self, module, inputs):
+        return record_call(module, inputs, self.pool)
+
+    def with_backward(self, module, inputs):
+        """-> what does again what module(*inputs) and its backward pass do."""
         if not inputs[0].is_cuda:
-            return scorer
+            return module
         quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda warn: None)
         quiet(False)  # weights are waited for on another stream than the recording's, which is right
-        graphed = functools.partial(torch.cuda.make_graphed_callables, scorer, inputs, pool=self.pool)
-        scorer = made_or_eager(graphed, scorer)
-        for weight in set(scorer.parameters()) - self.cloned:
+        graphed = functools.partial(torch.cuda.make_graphed_callables, module, inputs, pool=self.pool)
+        graphed = made_or_eager(graphed, module)
+        for weight in set(module.parameters()) - self.cloned:
             self.cloned.add(weight)
             if weight.requires_grad:  # the next backward pass overwrites what this one gave
                 weight.register_hook(torch.clone)
-        return scorer
+        return graphed

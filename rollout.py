@@ -87,11 +87,12 @@ class Environment:
             scored = [self.score(model, answers, part) for part in answers.parts(self.args)]
             return [torch.cat(x) for x in zip(*scored)]
         tokens = answers.tokens[rows]
+        how = tokens.shape[1] if self.share_prompt else 1, self.args.entropy_coef > 0
         by = self.fast(score, model) if self.args.compile else functools.partial(score, model)
-        by = self.graphs.scoring(by, model, self.run.autocast) if self.graphs else by
-        with contextlib.nullcontext() if self.graphs else self.run.autocast():
-            both = by(tokens.flatten(0, 1), self.P, self.args.temperature, answers.padding(rows),
-                      tokens.shape[1] if self.share_prompt else 1, self.args.entropy_coef > 0)
+
+        def scored(tokens, pad):
+            return by(tokens, self.P, self.args.temperature, pad, *how)
+        both = self.call(scored, model, tokens.flatten(0, 1), answers.padding(rows))
         return [x.unflatten(0, tokens.shape[:2]) for x in both]
 
     def value(self, critic, answers, rows=None):
@@ -99,9 +100,18 @@ class Environment:
         if rows is None:
             return torch.cat([self.value(critic, answers, part) for part in answers.parts(self.args)])
         tokens = answers.tokens[rows]
-        with self.run.autocast():
-            value = critic(tokens[..., :-1].flatten(0, 1), answers.padding(rows))
+
+        def valued(tokens, pad):
+            return [critic(tokens, pad)]
+        [value] = self.call(valued, critic, tokens[..., :-1].flatten(0, 1), answers.padding(rows))
         return value[:, self.P - 1:].unflatten(0, tokens.shape[:2])
+
+    def call(self, function, model, tokens, pad):
+        """function(tokens, pad) of a model, in the run's precision; on a GPU by a recording."""
+        if self.graphs and not self.args.grad_checkpoint:
+            return self.graphs.call(function, model, self.run.autocast, tokens, pad)
+        with self.run.autocast():
+            return function(tokens, pad)
 
     def fast(self, function, model):
         """`function` of `model`, compiled once."""

@@ -24,6 +24,8 @@ from utils.cli import parse
 
 ROOT = Path(__file__).parent.parent
 TIMING = {"seconds", "tokens_per_s", "peak_mem_mb"}  # columns that two equal runs needn't share
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICES = ["cpu", pytest.param("cuda:0", marks=[gpu, pytest.mark.gpu])]
 TINY = (1, 2, 32)  # layers, heads, width
 # small enough for a step in hundredths of a second
 RL = ["--data", "play", "--prompts_per_step", "4", "--group_size", "4", "--prompt_len", "16",

@@ -270,7 +270,7 @@ def test_both_engines_learn_from_one_policy(tmp_path):
 # ---- a GPU's numbers, on next to no work ----
 def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_sizes(tmp_path):
     """Each row is written as it comes, and the note is the value over its floor."""
-    gpu.run_part(gpu.floor, gpu.Args(tiny=True, out=str(tmp_path)))
+    gpu.run_part(gpu.floor, gpu.Args(tiny=True, device="cpu", out=str(tmp_path)))
     with open(tmp_path / "floor.csv", newline="") as file:
         rows = {row["what"]: row for row in csv.DictReader(file)}
     assert {"matmul, bf16", "copy", "decode step, bf16", "update, bf16, eager"} <= set(rows)

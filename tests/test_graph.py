@@ -7,16 +7,15 @@ import functools
 
 import pytest
 import torch
+from helpers import DEVICES, gpu
 
 import train_grpo
 from generate import ended, generate, score
 from graph import Graphs, record
-from utils import ranks
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
+from utils import ranks
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=[gpu, pytest.mark.gpu])]
 
 
 def make(kind):
@@ -70,7 +69,11 @@ def test_the_half_precision_copy_follows_the_weights(device):
 def test_recorded_scores_and_gradients_are_the_eager_ones(kind, padded, device):
     """Fewer rows and shorter answers are filled up; two backward passes add up; new weights are read."""
     model, other = make(kind).to(device), make(kind).to(device)
-    by = Graphs(model).scoring(functools.partial(score, model), model, contextlib.nullcontext)
+    graphs = Graphs(model)
+
+    def plain(module, tokens, pad):
+        return score(module, tokens, 7, 0.7, pad, 4, False)
+    by = functools.partial(graphs.call, functools.partial(plain, model), model, contextlib.nullcontext)
     g = torch.Generator().manual_seed(0)
     for rows, T in ((12, 20), (8, 20), (4, 9), (12, 20)):
         tokens = torch.randint(50, (rows, 7 + T), generator=g).to(device)
@@ -78,11 +81,11 @@ def test_recorded_scores_and_gradients_are_the_eager_ones(kind, padded, device):
         weight = torch.randn(rows, T, generator=g).to(device)
         for part in (slice(None), slice(4)):  # the second with fewer rows
             how = None if pad is None else pad[part]
-            for module, scored in ((model, by), (other, functools.partial(score, other))):
-                logp, entropy = scored(tokens[part], 7, 0.7, how, 4, False)
+            for module, scored in ((model, by), (other, functools.partial(plain, other))):
+                logp, entropy = scored(tokens[part], how)
                 (logp * weight[part]).sum().backward()
                 with torch.no_grad():
-                    again = scored(tokens[part], 7, 0.7, how, 4, False)
+                    again = scored(tokens[part], how)
                 torch.testing.assert_close(again[0], logp.detach())
                 kept = logp if module is model else kept
                 if module is other:

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import test_model
-from helpers import ROOT, cli, environment, numbers, rl
+from helpers import DEVICES, ROOT, cli, environment, numbers, rl
 from test_model import check_against_slow, close, prompts, seeded
 from test_model import tiny as tiny_model
 
@@ -21,6 +21,7 @@ import sft
 import train_grpo
 import train_ppo
 from generate import next_token, score
+from graph import Graphs
 from utils import checkpoint, ranks
 
 
@@ -111,6 +112,31 @@ def test_results_do_not_depend_on_micro_batches_sharing_and_checkpointing(module
     for name, more in (("plain", objective), ("other", words)):
         cli(module, *rl(*common, *more, reward="share_of_e"), "--log", f"{name}.csv", "--out", name)
     same(rows("plain.csv"), rows("other.csv"), NAMES, 2e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("module, words", [
+    (train_grpo, ["--micro_batch", 3, "--minibatches", 2]), (train_grpo, ["--objective", "dapo"]),
+    (train_ppo, ["--micro_batch", 3])])
+def test_recordings_learn_what_the_eager_run_learns(module, words, device, monkeypatch):
+    """In float32, over 5 steps, which --resume breaks. A CPU takes the recordings' way without a graph."""
+    sampled, generate = [], rollout.generate
+    monkeypatch.setattr(rollout, "generate", lambda *args, graphs, **kw: sampled.append(graphs) or
+                        generate(*args, graphs=graphs, **kw))
+    words = rl(*words, "--dtype", "fp32", "--device", device, "--eval_every", 2, reward="share_of_e")
+    for name in ("recorded", "eager"):
+        begin = rollout.Environment.__init__
+
+        def with_or_without(env, args, policy, *rest, name=name, begin=begin):
+            begin(env, args, policy, *rest)
+            env.graphs = Graphs(policy) if name == "recorded" else None
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout.Environment, "__init__", with_or_without)
+            for steps in (3, 5):
+                more = ["--resume"] if steps == 5 else []
+                cli(module, *words, *more, "--steps", steps, "--log", f"{name}.csv", "--out", name)
+    same(rows("recorded.csv"), rows("eager.csv"), NAMES, 1e-3)
+    assert sampled[0] and not sampled[-1]
 
 
 def test_sharing_chooses_itself_for_long_prompts(monkeypatch):
