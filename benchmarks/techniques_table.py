@@ -28,8 +28,8 @@ from utils.figure import read_csv  # noqa: E402
 
 # a right answer is 6 digits and 2 tokens of stop; the ninth token is the first that is too much
 # scoring and update in bf16 and sampling in fp32 is what `auto` is on a CPU that has bf16
-SETTINGS = ("--task sort --max_new 9 --prompts_per_step 16 --beta 0 --lr 1e-4 --minibatches 4 --steps 31 "
-            "--eval_every 15 --eval_prompts 512 --no_eval_pass8 --samples 0 --dtype bf16")
+SETTINGS = ("--task sort --max_new 9 --prompts_per_step 16 --beta 0 --lr 1e-4 --minibatches 4 --steps 101 "
+            "--eval_every 25 --eval_prompts 512 --no_eval_pass8 --samples 0 --dtype bf16")
 ROWS = {  # name: flags
     "plain": "",
     "dynamic_sampling": "--dynamic_sampling 2",
