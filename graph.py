@@ -7,7 +7,6 @@ Left out: the loss, the optimizer.
 Run: python train_grpo.py --device cuda
 """
 import copy
-import functools
 import sys
 
 import torch
@@ -121,8 +120,20 @@ class Recording:
     def draw(self, first, last):
         if first not in self.parts:
             device = self.tokens.device
-            self.parts[first] = record(lambda: self.decoding.draw(first, last), device, self.pool)
+            with torch.autocast(device.type, enabled=False):  # the weights have the precision already
+                self.parts[first] = record(lambda: self.decoding.draw(first, last), device, self.pool)
         self.parts[first]()
+
+
+def one_pass(function, model, tokens, pad, autocast, graphs):
+    """function(tokens (N, L), pad (N,) or None) of a model, in a precision; by a recording if there are graphs.
+
+    A recording fills the rows up on the right. So the function may not look ahead, and always be the same.
+    """
+    if graphs and not getattr(getattr(model, "trunk", model), "checkpointing", False):
+        return graphs.call(function, model, autocast, tokens, pad)
+    with autocast():
+        return function(tokens, pad)
 
 
 class Pass(nn.Module):
@@ -162,11 +173,7 @@ class Graphs:
         return self.decodings[shape]
 
     def call(self, function, model, autocast, tokens, pad):
-        """function(tokens (N, L), pad (N,) or None) of a model -> its tensors (N, …), by a recording.
-
-        Rows are filled up on the right to 16, 32, … tokens, and their number to one that has a recording. So
-        the function may not look ahead, and is the same at each call.
-        """
+        """As one_pass. Rows are filled up to 16, 32, … tokens, and their number to one that has a recording."""
         (N, length), most = tokens.shape, model.config.block_size
         more = min(-length % 16, most - length)
         known = self.passes.setdefault((id(model), length + more, torch.is_grad_enabled()), {})
@@ -174,12 +181,10 @@ class Graphs:
         inputs = [F.pad(tokens, (0, more, 0, rows - N))]
         inputs += [] if pad is None else [F.pad(pad, (0, rows - N))]
         if rows not in known:
-            make = self.with_backward if torch.is_grad_enabled() else self.without_backward
-            known[rows] = make(Pass(function, model, autocast), tuple(inputs))
+            module = Pass(function, model, autocast)
+            known[rows] = (self.with_backward(module, tuple(inputs)) if torch.is_grad_enabled() else
+                           record_call(module, inputs, self.pool))
         return [x[:N, :x.shape[1] - more] for x in known[rows](*inputs)]
-
-    def without_backward(self, module, inputs):
-        return record_call(module, inputs, self.pool)
 
     def with_backward(self, module, inputs):
         """-> what does again what module(*inputs) and its backward pass do."""
@@ -187,8 +192,8 @@ class Graphs:
             return module
         quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda warn: None)
         quiet(False)  # weights are waited for on another stream than the recording's, which is right
-        graphed = functools.partial(torch.cuda.make_graphed_callables, module, inputs, pool=self.pool)
-        graphed = made_or_eager(graphed, module)
+        # memory of its own, not `pool`: two models' forward passes may come before both backward passes
+        graphed = made_or_eager(lambda: torch.cuda.make_graphed_callables(module, inputs), module)
         for weight in set(module.parameters()) - self.cloned:
             self.cloned.add(weight)
             if weight.requires_grad:  # the next backward pass overwrites what this one gave

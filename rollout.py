@@ -3,14 +3,13 @@
 The answers' tensors, (B, G, T), are in answers.py. Left out: several turns.
 Run: python train_grpo.py
 """
-import contextlib
 import functools
 
 import torch
 
 from answers import Answers
 from generate import generate, next_token, score
-from graph import Graphs
+from graph import Graphs, one_pass
 from grpo import masked_mean
 from policy import sampling
 from reward import gold_score, load_questions, load_scorer, quality
@@ -53,7 +52,7 @@ class Environment:
         """Answers: tokens (N, P + T), logp and mask (N, T), texts. Autocast casts each weight once."""
         pad = None if prompts.pad is None else prompts.pad.to(self.device)
         policy = self.graphs.refreshed() if self.graphs else policy
-        with contextlib.nullcontext() if self.graphs else self.sampling():
+        with self.sampling():
             tokens, logp, mask = generate(
                 policy, prompts.tokens.to(self.device), self.T, group_size, self.args.temperature, pad=pad,
                 stop=self.tokenizer.stops, uniforms=uniforms.to(self.device), fast_next_token=fast_next_token,
@@ -89,10 +88,8 @@ class Environment:
         tokens = answers.tokens[rows]
         how = tokens.shape[1] if self.share_prompt else 1, self.args.entropy_coef > 0
         by = self.fast(score, model) if self.args.compile else functools.partial(score, model)
-
-        def scored(tokens, pad):
-            return by(tokens, self.P, self.args.temperature, pad, *how)
-        both = self.call(scored, model, tokens.flatten(0, 1), answers.padding(rows))
+        both = one_pass(lambda tokens, pad: by(tokens, self.P, self.args.temperature, pad, *how), model,
+                        tokens.flatten(0, 1), answers.padding(rows), self.run.autocast, self.graphs)
         return [x.unflatten(0, tokens.shape[:2]) for x in both]
 
     def value(self, critic, answers, rows=None):
@@ -100,18 +97,9 @@ class Environment:
         if rows is None:
             return torch.cat([self.value(critic, answers, part) for part in answers.parts(self.args)])
         tokens = answers.tokens[rows]
-
-        def valued(tokens, pad):
-            return [critic(tokens, pad)]
-        [value] = self.call(valued, critic, tokens[..., :-1].flatten(0, 1), answers.padding(rows))
+        [value] = one_pass(lambda tokens, pad: [critic(tokens, pad)], critic, tokens[..., :-1].flatten(0, 1),
+                           answers.padding(rows), self.run.autocast, self.graphs)
         return value[:, self.P - 1:].unflatten(0, tokens.shape[:2])
-
-    def call(self, function, model, tokens, pad):
-        """function(tokens, pad) of a model, in the run's precision; on a GPU by a recording."""
-        if self.graphs and not self.args.grad_checkpoint:
-            return self.graphs.call(function, model, self.run.autocast, tokens, pad)
-        with self.run.autocast():
-            return function(tokens, pad)
 
     def fast(self, function, model):
         """`function` of `model`, compiled once."""

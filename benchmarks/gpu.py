@@ -33,7 +33,7 @@ import torch  # noqa: E402
 
 from engines import Work, differences, prepare, run_ours, run_trl  # noqa: E402
 from generate import generate, score  # noqa: E402
-from graph import Graphs  # noqa: E402
+from graph import Graphs, one_pass  # noqa: E402
 from model import SIZES, GPT, GPTConfig  # noqa: E402
 from utils.cli import atomic_write, die, parse  # noqa: E402
 from utils.device import pick_autocast, write_run_record  # noqa: E402
@@ -154,8 +154,8 @@ def floor(args):
     def eager(tokens):
         with autocast():
             return plain(tokens, P)[0]
-    scores = {"eager": eager, "recorded": lambda tokens: graphs.call(lambda tokens, pad: plain(tokens, P), model,
-                                                             autocast, tokens, None)[0]}
+    scores = {"eager": eager, "recorded": lambda tokens: one_pass(lambda tokens, pad: plain(tokens, P), model, tokens,
+                                                           None, autocast, graphs)[0]}
     for name, scored in scores.items():
         clock = time.perf_counter()
         update(scored)
@@ -228,7 +228,7 @@ def smollm2_methods(args):
     words, calls = smollm2_words(args, 8, 8, 80, 256), []
     for name, (script, *more) in METHODS.items():
         for seed in range(args.seeds):
-            run = f"{name}-s{seed}"
+            run = f"methods/{name}-s{seed}"
             calls.append((script, [*words, *more, "--eval_every", 20, "--seed", seed, "--out",
                                    f"{args.out}/out/{run}"], f"{args.out}/{run}.csv"))
     for (_, _, log), rows in zip(calls, side_by_side(calls, args.jobs)):
@@ -241,7 +241,7 @@ def demo(args):
     calls = [(f"train_{name}.py", ["--data", "play", "--steps", 2 if args.tiny else 25, "--eval_every", 5,
                                    "--seed", seed, "--device", args.device, "--samples", 0, "--out",
                                    f"{args.out}/out/demo-{name}-{args.device}-s{seed}"],
-              f"{args.out}/demo-{name}-{args.device}-s{seed}.csv")
+              f"{args.out}/demo/{name}-{args.device}-s{seed}.csv")
              for name in ("grpo", "ppo") for seed in range(5)]
     for (_, _, log), rows in zip(calls, side_by_side(calls, args.jobs)):
         rewards = [float(row["mean_r"]) for row in rows[-10:]]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind the README and docs/: bash benchmarks/results.sh [micro|base|demo|tasks|techniques|gym|shakespeare|objectives|reward|char|
-# speed|learn|roofline|scaling|cnn|lite0|exact|vit|clip|c2i|vlm|overopt]
+# speed|learn|roofline|scaling|gpu|cnn|lite0|exact|vit|clip|c2i|vlm|overopt]
 # Tiny Shakespeare is taken from NANOGRPO_DATA or downloaded. One thread a process: two seeds side by side on two cores.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -144,6 +144,11 @@ fi
 if want scaling; then
   OMP_NUM_THREADS=2 $python benchmarks/scaling.py --out results/scaling.csv  # draws results/scaling.png
   OMP_NUM_THREADS=2 $python benchmarks/scaling.py --memory --out results/scaling.csv
+fi
+if want gpu; then  # on one NVIDIA GPU, but for the demo's runs on a CPU
+  $python benchmarks/gpu.py
+  $python benchmarks/gpu.py --only demo --device cpu --jobs "${JOBS:-1}"
+  $python plot.py --metric mean_r,kl --output results/gpu_demo.png results/gpu/demo/*.csv
 fi
 
 # Vision: a seed draws the three splits, a sweep chooses each seed's trial on validation, the table is the test's.
