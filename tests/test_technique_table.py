@@ -87,7 +87,7 @@ def test_a_complete_run_is_not_made_again(monkeypatch, tmp_path):
     ran = []
     monkeypatch.setattr(train_grpo, "main", lambda args: ran.append(args.log))
     monkeypatch.setattr(sys, "argv", list(sys.argv))
-    for steps in (30, 31):  # a run that was cut off, then a complete one
+    for steps in (100, 101):  # a run that was cut off, then a complete one
         write(tmp_path / "plain-s0.csv", range(steps), [0.5] * steps, range(steps))
         techniques_table.train("plain", 0, techniques_table.Args(folder=str(tmp_path)))
     assert ran == [f"{tmp_path}/plain-s0.csv"]
