@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from helpers import DEVICES, gpu
+from helpers import DEVICES, gpu, refused
 
 import train_grpo
 from generate import ended, generate, score
@@ -15,6 +15,7 @@ from graph import Graphs, one_pass, record
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 from utils import ranks
+from utils.device import pick_autocast, pick_device
 
 
 
@@ -123,6 +124,20 @@ def test_out_of_memory_is_a_line_that_names_the_flags(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1
     assert all(word in said for word in ("--micro_batch", "--grad_checkpoint", "--max_new", "20.00 GiB"))
+
+
+@pytest.mark.parametrize("name, says", [("cuda:7", "cuda:0 to cuda:0"), ("cuda:x", "cuda:1"), ("tpu", "mps")])
+def test_a_device_that_is_not_there(name, says, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refused(capsys, lambda: pick_device(name), f"--device {name}" if ":7" in name else name, says)
+
+
+def test_a_gpu_without_bfloat16(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    assert pick_autocast(torch.device("cuda"))[1] == "fp32"
+    refused(capsys, lambda: pick_autocast(torch.device("cuda"), "bf16"), "Old GPU", "--dtype bf16", "auto")
 
 
 def test_where_a_stop_ends():
