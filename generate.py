@@ -36,7 +36,7 @@ def ended(tokens, stop):
 
 class Decoding:
     """N = B·G answers of up to T tokens to prompts (B, P) while they grow: tokens and logp (N, T)."""
-    kind = GroupCache
+    kind = GroupCache  # of its cache; graph.py has another
 
     def __init__(self, model, prompt, pad, group_size, uniforms, how, fast=None):
         self.model, self.prompt, self.pad, self.group_size = model, prompt, pad, group_size
@@ -52,13 +52,15 @@ class Decoding:
         self.cache = self.kind(cache, self.group_size, self.tokens.shape[1])
         return draw(self.model, hidden, self.uniforms[:, 0], *self.how)
 
-    def draw(self, first, last):
-        """Tokens `first` to `last` - 1 of every answer."""
+    def follow(self, t):
+        """Reads token t - 1, and draws the next one."""
+        self.cache.start = self.positions[self.prompt.shape[1] + t - 1]
+        return self.step(self.tokens[:, t - 1:t], self.cache, self.uniforms[:, t], *self.how)
+
+    def extend(self, first, last):
+        """Draws tokens `first` to `last` - 1 of every answer."""
         for t in range(first, last):
-            if t:
-                self.cache.start = self.positions[self.prompt.shape[1] + t - 1]
-                drawn = self.step(self.tokens[:, t - 1:t], self.cache, self.uniforms[:, t], *self.how)
-            self.tokens[:, t], self.logp[:, t] = drawn if t else self.begin()
+            self.tokens[:, t], self.logp[:, t] = self.follow(t) if t else self.begin()
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top
         for t in range(0, max_new, part):
             if t and stop and ended(decoding.tokens[:, :t], stop).any(1).all():
                 break
-            decoding.draw(t, min(t + part, max_new))
+            decoding.extend(t, min(t + part, max_new))
     answer = decoding.tokens
     stops = ended(answer, stop).long()
     mask = stops.cumsum(1) - stops == 0  # no stop before it

@@ -117,11 +117,11 @@ class Recording:
         self.tokens.zero_()
         self.logp.zero_()
 
-    def draw(self, first, last):
+    def extend(self, first, last):
         if first not in self.parts:
             device = self.tokens.device
             with torch.autocast(device.type, enabled=False):  # the weights have the precision already
-                self.parts[first] = record(lambda: self.decoding.draw(first, last), device, self.pool)
+                self.parts[first] = record(lambda: self.decoding.extend(first, last), device, self.pool)
         self.parts[first]()
 
 
