@@ -101,13 +101,17 @@ def add(sums, stats, weight=1.0):
 
 
 def open_tracker(track, path, record):
-    """A function (numbers, step) for TensorBoard (events beside the CSV) or W&B, None for "none"."""
+    """A function (numbers, step) for TensorBoard (events beside the CSV) or W&B, None for "none".
+
+    record: the arguments. wandb_project, wandb_entity and wandb_run_name are W&B's names, if they are there.
+    """
     if track == "none":
         return None
     if track == "wandb":
         os.environ.setdefault("WANDB_MODE", "offline")
-        where = {"name": path.stem, "dir": str(path.parent)}
-        return need("wandb", "log").init(project="nanogrpo", config=record, **where).log
+        return need("wandb", "log").init(
+            project=record.get("wandb_project", "nanogrpo"), entity=record.get("wandb_entity"),
+            name=record.get("wandb_run_name") or path.stem, dir=str(path.parent), config=record).log
     writer = need("torch.utils.tensorboard", "log").SummaryWriter(str(beside(path, "")))
 
     def to_tensorboard(values, step):
