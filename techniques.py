@@ -18,7 +18,8 @@ from utils.rewards import JUDGES
 
 
 @dataclass
-class Techniques:
+class Flags:
+    """What train_grpo.py, train_ppo.py and train_trl.py have alike; each adds flags of its own."""
     # ---- around the loss: off by default ----
     lr_end: Annotated[float, AtLeast(0.0)] = 1.0  # share of lr to which the learning rate falls, linearly
     overlong: Literal["keep", "mask", "penalty"] = "keep"  # answers cut by --max_new: no loss, or less reward
@@ -27,11 +28,6 @@ class Techniques:
     top_entropy: Annotated[float, AtLeast(1e-9)] = 1.0  # share of tokens, of highest entropy, that teach
     tis_cap: Annotated[float, AtLeast(0.0)] = 0.0  # of weights for a sampler of other precision; 0: none
     sync_ref_every: Annotated[int, AtLeast(0)] = 0  # steps after which π₀ becomes the policy; 0: never
-
-
-@dataclass
-class Flags(Techniques):
-    """What train_grpo.py, train_ppo.py and train_trl.py have alike; each adds flags of its own."""
     # ---- the algorithm ----
     steps: Annotated[int, AtLeast(1)] = 60  # rollouts
     epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers

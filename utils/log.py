@@ -101,15 +101,12 @@ def add(sums, stats, weight=1.0):
 
 
 def open_tracker(track, path, record):
-    """A function (numbers, step) for TensorBoard (events beside the CSV) or W&B, None for "none".
-
-    record: the arguments. wandb_project, wandb_entity and wandb_run_name are W&B's names, if they are there.
-    """
+    """A function (numbers, step) for TensorBoard (events beside the CSV) or W&B, None for "none"."""
     if track == "none":
         return None
     if track == "wandb":
         os.environ.setdefault("WANDB_MODE", "offline")
-        return need("wandb", "log").init(
+        return need("wandb", "log").init(  # c2i_grpo.py has flags for the names
             project=record.get("wandb_project", "nanogrpo"), entity=record.get("wandb_entity"),
             name=record.get("wandb_run_name") or path.stem, dir=str(path.parent), config=record).log
     writer = need("torch.utils.tensorboard", "log").SummaryWriter(str(beside(path, "")))
