@@ -81,7 +81,8 @@ def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top
                          f"{model.config.block_size} (block_size)")
     if uniforms is None:
         uniforms = torch.rand(N, max_new, generator=generator).to(device)
-    decoding = Decoding(model, prompt, pad, group_size, uniforms, (temperature, top_k, top_p), fast_next_token)
+    how = temperature, top_k, top_p
+    decoding = Decoding(model, prompt, pad, group_size, uniforms, how, fast_next_token)
     if graphs:
         decoding = graphs.recorded(decoding)
     # inference mode is the quickest, but autocast would cast each weight again at each token in it

@@ -166,7 +166,7 @@ class Llama(nn.Module):
         position, mask = places(T, pad, device) if cache is None else cache.places(T, device)
         angle = position[..., None] * frequencies(self.config, device)
         x = self.embed_tokens(tokens)
-        cos, sin = (part.unsqueeze(-3).to(x.dtype) for part in (angle.cos(), angle.sin()))  # (1 or N, 1, T, d/2)
+        cos, sin = (part.unsqueeze(-3).to(x.dtype) for part in (angle.cos(), angle.sin()))  # (…, 1, T, d/2)
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = recomputed(block, x, cos, sin, mask, cache, use_reentrant=False)

@@ -6,7 +6,6 @@ Left out: other tasks and models: that command takes them.
 Run: python llm_demo.py (make llm brings the weights first)
 """
 import os
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from policy import load_policy
 from tasks import load_task
-from utils.cli import AtLeast, parse, resume_command
+from utils.cli import AtLeast, parse, run_stage
 from utils.device import pick_autocast, pick_device
 from utils.figure import plot_panels
 
@@ -56,12 +55,7 @@ def main(args):
                "--out", "out/llm"]
     if Path("out/llm/state.pth").is_file():
         command.append("--resume")
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    code = utils.run_stage(command)
-    if code in utils.STOPS.values():
-        print("the demo goes on with:", resume_command().removesuffix(" --resume"))
-    if code:
-        raise SystemExit(code)
+    run_stage(command)
 
     _, after, now_right, _ = asked("out/llm/policy.pth", task, args, device)
     for question, *answers in list(zip(questions, before, after))[:5]:
@@ -72,10 +66,7 @@ def main(args):
           f"{len(right)} held-out questions; {time.perf_counter() - began:.0f} s")
     panels = ["eval_acc", "mean_r", "length", "entropy"]
     print(f"figure: {plot_panels(['logs/llm.csv'], panels, 'logs/llm.png')}")
-    command = ["python", os.path.relpath(Path(__file__).with_name("report.py")), "logs/llm.csv"]
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    if code := utils.run_stage(command):
-        raise SystemExit(code)
+    run_stage(["python", os.path.relpath(Path(__file__).with_name("report.py")), "logs/llm.csv"])
     print("next: python train_grpo.py --policy smollm2 --task countdown --max_new 32 --log logs/next.csv "
           "--out out/next")
 

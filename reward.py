@@ -68,7 +68,9 @@ def load_scorer(reward, reward_model, policy_path, tokenizer, device, task=None)
                                          **columns))
         return by_function
     model, content = load_reward_model(reward_model, device)
-    checkpoint.same_tokenizer(reward_model, content, tokenizer, policy_path)
+    if content["tokenizer"] != tokenizer.state():  # π₀'s holds for all: other ids would be other words
+        die(f"{reward_model} was made with another tokenizer than {policy_path} ({tokenizer.name}): make it "
+            "again")
 
     @torch.no_grad()
     def by_model(tokens, mask, prompts, texts):

@@ -92,8 +92,7 @@ def sample_pairs(policy, tokenizer, prompts, n, args, seed):
     device = next(policy.parameters()).device
     parts = [generate(policy, part.to(device), args.max_new, 2, stop=tokenizer.stops, generator=generator)
              for part in drawn.tokens.split(256)]
-    tokens = torch.cat([tokens for tokens, _, _ in parts]).cpu()
-    mask = torch.cat([mask for _, _, mask in parts]).cpu()
+    tokens, _, mask = (torch.cat(part).cpu() for part in zip(*parts))
     texts = completions(tokens[:, -args.max_new:], mask, tokenizer)
     asked = [prompt for prompt in drawn.texts for _ in "ab"]
     gold = torch.tensor(JUDGES[args.judge](texts, asked, corpus_words=drawn.corpus_words)).view(n, 2)

@@ -5,7 +5,6 @@ A second run reuses what is done, and a broken one goes on where it stopped. --f
 Left out: tuning (results/sweep.csv has it), more than one seed (results/demo/ has three).
 Run: python rlhf_demo.py
 """
-import json
 import os
 import shlex
 import sys
@@ -25,9 +24,10 @@ from generate import sample_texts
 from generate import score as score_answers
 from policy import load_policy
 from reward import load_scorer
-from utils.cli import AtLeast, die, parse, resume_command
+from utils.cli import AtLeast, die, parse, run_stage
 from utils.device import pick_device
 from utils.figure import GRID, plot_panels
+from utils.page import read_record
 from utils.rewards import JUDGES
 from utils.text import load_corpus, load_prompts
 
@@ -53,7 +53,8 @@ def run(script, output, inputs, last_step, args, *flags):
     script = os.path.relpath(Path(__file__).with_name(script))
     command = ["python", script, *map(str, flags), "--seed", str(args.seed), "--device", args.device]
     shown = shlex.join(command)
-    about = read_record(record)
+    about = read_record(record, [])
+    about = about if isinstance(about.get("command"), str) else {}  # as where there is none, or a damaged one
 
     def newer(path):
         return path.is_file() and all(path.stat().st_mtime >= Path(i).stat().st_mtime for i in inputs)
@@ -70,30 +71,7 @@ def run(script, output, inputs, last_step, args, *flags):
         other = about.get("command", "another command")
         die(f"{output} is not of this demo: `{other}` has made it. Move out/ and logs/ away, or give --fresh "
             "to replace it")
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    environment = os.environ | {"NANOGRPO_STARTED_BY": "rlhf_demo.py"}
-    code = utils.run_stage(command, environment)
-    if code in utils.STOPS.values():
-        print("the demo goes on with:", resume_command().removesuffix(" --resume"))
-    if code:
-        raise SystemExit(code)
-
-
-def write_report(words):
-    """The page of report.py, a command as the stages are."""
-    command = ["python", os.path.relpath(Path(__file__).with_name("report.py")), *words]
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    if code := utils.run_stage(command):
-        raise SystemExit(code)
-
-
-def read_record(path):
-    """The record beside a stage's CSV; {} where there is none, or a damaged one."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        return about if isinstance(about["command"], str) else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+    run_stage(command, os.environ | {"NANOGRPO_STARTED_BY": "rlhf_demo.py"})
 
 
 def last_of(log):
@@ -161,7 +139,8 @@ def main(args):
     for metric, name in (("mean_r", "reward"), ("kl", "kl"), ("entropy", "entropy"), ("loss", "loss")):
         print(f"figure: {plot_panels(files, [metric], f'logs/{name}_comparison.png')}")
     print(f"figure: {plot_panels(files, GRID, 'logs/overview.png', optional=True)}")
-    write_report([*files, "--output", "logs/report.html"])
+    report = os.path.relpath(Path(__file__).with_name("report.py"))
+    run_stage(["python", report, *files, "--output", "logs/report.html"])
     print(f"done in {time.perf_counter() - began:.0f} s")
 
 

@@ -81,12 +81,6 @@ def schedule(step, args):
     return args.lr_end + 0.5 * (1 - args.lr_end) * (1 + math.cos(math.pi * progress))
 
 
-def worked_text(task, args):
-    """-> (--worked solved questions with a blank line, the stop, behind each; the source)."""
-    rng = random.Random(args.seed)
-    return "".join(f"{task.worked(rng)}\n\n" for _ in range(args.worked)), args.data
-
-
 def windows(ids, starts, block_size):
     """Inputs and targets of the windows that start there: two (N, block_size)."""
     index = starts[:, None] + torch.arange(block_size + 1)
@@ -135,7 +129,11 @@ def main(args):
     share = ranks.share(args.batch_size, "--batch_size")  # this process's windows
     run = Run(args, COLUMNS, args.steps, device, program(), save_every=args.eval_every)
     task = load_task(args.data.removeprefix("task:")) if args.data.startswith("task:") else None
-    text, source = worked_text(task, args) if task else load_corpus(args.data)
+    if task:  # solved questions, each with a blank line, the stop, behind it
+        rng = random.Random(args.seed)
+        text, source = "".join(f"{task.worked(rng)}\n\n" for _ in range(args.worked)), args.data
+    else:
+        text, source = load_corpus(args.data)
     parts = split(text)
     tokenizer = train_tokenizer(args.tokenizer, text, args.vocab_size)
     if task:

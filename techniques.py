@@ -1,6 +1,7 @@
 """What surrounds GRPO's loss: later papers' techniques, each a flag of train_grpo.py that is off by default.
 
 docs/grpo.md says what each does, docs/tasks.md what some of them gained. The loss itself is in grpo.py.
+`Flags` adds what the training scripts of GRPO, PPO and TRL take alike.
 Left out: replay of old answers, curricula.
 Run: python train_grpo.py --overlong penalty
 """
@@ -13,10 +14,12 @@ from generate import ended
 from grpo import OBJECTIVES
 from utils import ranks
 from utils.cli import AtLeast, die
+from utils.rewards import JUDGES
 
 
 @dataclass
-class Techniques:
+class Flags:
+    """What train_grpo.py, train_ppo.py and train_trl.py have alike; each adds flags of its own."""
     # ---- around the loss: off by default ----
     lr_end: Annotated[float, AtLeast(0.0)] = 1.0  # share of lr to which the learning rate falls, linearly
     overlong: Literal["keep", "mask", "penalty"] = "keep"  # answers cut by --max_new: no loss, or less reward
@@ -25,6 +28,34 @@ class Techniques:
     top_entropy: Annotated[float, AtLeast(1e-9)] = 1.0  # share of tokens, of highest entropy, that teach
     tis_cap: Annotated[float, AtLeast(0.0)] = 0.0  # of weights for a sampler of other precision; 0: none
     sync_ref_every: Annotated[int, AtLeast(0)] = 0  # steps after which π₀ becomes the policy; 0: never
+    # ---- the algorithm ----
+    steps: Annotated[int, AtLeast(1)] = 60  # rollouts
+    epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers
+    grad_clip: float = 1.0  # greatest norm of the gradient
+    seed: int = 0  # of prompts and draws
+    # ---- the task ----
+    policy: str = "out/sft/policy.pth"  # π₀
+    task: str = ""  # questions with a right answer: add, sort, reverse, countdown, gym:NAME, FILE.py:TASK
+    reward: str = "model"  # model (with --task: the task's check), a judge of --gold, or FILE.py:FUNCTION
+    reward_model: str = "out/reward/reward.pth"  # of --reward model
+    gold: Literal[tuple(JUDGES)] = "taste"  # a fixed judge, measured beside the reward
+    data: str = "auto"  # where prompts come from, as in sft.py
+    prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
+    prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens; --prompts keep their own length
+    max_new: Annotated[int, AtLeast(1)] = 48  # tokens of an answer
+    temperature: Annotated[float, AtLeast(1e-3)] = 1.0  # of sampling and scoring alike
+    eval_every: Annotated[int, AtLeast(1)] = 20  # steps
+    eval_prompts: Annotated[int, AtLeast(1)] = 64  # held-out prompts
+    eval_pass8: bool = True  # of a task: ask 8 answers to each of them, too
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
+    resume: bool = False  # go on from --out
+    overwrite: bool = False  # begin anew in a finished run's place
+    # ---- speed and memory: nothing here changes what is learnt ----
+    micro_batch: Annotated[int, AtLeast(0)] = 0  # prompts (PPO: answers) a backward pass; 0: all
+    grad_checkpoint: bool = False  # less memory, one more forward pass
+    save_every: Annotated[int, AtLeast(1)] = 20  # steps
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update
 
 
 def pick_objective(args, updates=1):

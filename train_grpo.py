@@ -17,12 +17,11 @@ from policy import begin, defaults, load_policy
 from rollout import COLUMNS, Environment
 from utils import ranks
 from utils.cli import AtLeast, parse, program, refusing
-from utils.rewards import JUDGES
 from utils.run import Run, step_generator
 
 
 @dataclass
-class Args(techniques.Techniques):
+class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are there
     # ---- the algorithm ----
     objective: Literal[tuple(OBJECTIVES)] = "grpo"  # a row of grpo.py's table
     prompts_per_step: Annotated[int, AtLeast(1)] = 16  # B
@@ -33,39 +32,14 @@ class Args(techniques.Techniques):
     lr: Annotated[float, AtLeast(0.0)] = 1.5e-4  # learning rate of AdamW
     lora_r: Annotated[int, AtLeast(0)] = 0  # rank of LoRA, for Llama's family; 0: all weights learn
     lora_alpha: float = 32.0  # LoRA's scale is this over the rank
-    steps: Annotated[int, AtLeast(1)] = 60  # rollouts
-    epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers
     minibatches: Annotated[int, AtLeast(1)] = 1  # optimizer steps an epoch
-    grad_clip: float = 1.0  # greatest norm of the gradient
-    seed: int = 0  # of prompts and draws
     # ---- the task ----
-    policy: str = "out/sft/policy.pth"  # π₀
-    task: str = ""  # questions with a right answer: add, sort, reverse, countdown, gym:NAME, FILE.py:TASK
-    reward: str = "model"  # model (with --task: the task's check), a judge of --gold, or FILE.py:FUNCTION
-    reward_model: str = "out/reward/reward.pth"  # of --reward model
-    gold: Literal[tuple(JUDGES)] = "taste"  # a fixed judge, measured beside the reward
-    data: str = "auto"  # where prompts come from, as in sft.py
-    prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
-    prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens; --prompts keep their own length
-    max_new: Annotated[int, AtLeast(1)] = 48  # tokens of an answer
-    temperature: Annotated[float, AtLeast(1e-3)] = 1.0  # of sampling and scoring alike
-    eval_every: Annotated[int, AtLeast(1)] = 20  # steps
-    eval_prompts: Annotated[int, AtLeast(1)] = 64  # held-out prompts
-    eval_pass8: bool = True  # of a task: ask 8 answers to each of them, too
     samples: Annotated[int, AtLeast(0)] = 4  # held-out prompts whose answers report.py shows; 0: none
     log: str = "logs/grpo.csv"  # the run's numbers
     out: str = "out/grpo"  # the folder of the run's weights
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
-    resume: bool = False  # go on from --out
-    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: nothing here changes what is learnt ----
     share_prompt: Literal["auto", "yes", "no"] = "auto"  # read a group's prompt once; auto: if it is long
-    micro_batch: Annotated[int, AtLeast(0)] = 0  # prompts (PPO: answers) a backward pass; 0: all
-    grad_checkpoint: bool = False  # less memory, one more forward pass
     compile: bool = False  # decode and update; takes a minute first
-    save_every: Annotated[int, AtLeast(1)] = 20  # steps
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update
     sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: --dtype for Llama, else fp32
 
 

@@ -18,12 +18,11 @@ from ppo import (VALUE_COLUMNS, ValueModel, explained_variance, gae, ppo_policy_
 from rollout import COLUMNS, Environment
 from utils import ranks
 from utils.cli import AtLeast, parse, program
-from utils.rewards import JUDGES
 from utils.run import Run, step_generator
 
 
 @dataclass
-class Args(techniques.Techniques):
+class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are there
     # ---- the algorithm ----
     prompts_per_step: Annotated[int, AtLeast(1)] = 16  # B
     group_size: Annotated[int, AtLeast(1)] = 8  # G, answers to each prompt
@@ -36,38 +35,13 @@ class Args(techniques.Techniques):
     value_clip: float = 0.5  # the critic's, in units of the reward
     gamma: float = 1.0  # discount
     lam: float = 0.95  # λ of GAE
-    steps: Annotated[int, AtLeast(1)] = 60  # rollouts
-    epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers
     minibatches: Annotated[int, AtLeast(1)] = 4  # optimizer steps an epoch
-    grad_clip: float = 1.0  # greatest norm of the gradient
-    seed: int = 0  # of prompts and draws
     # ---- the task ----
-    policy: str = "out/sft/policy.pth"  # π₀
-    task: str = ""  # questions with a right answer: add, sort, reverse, countdown, gym:NAME, FILE.py:TASK
-    reward: str = "model"  # model (with --task: the task's check), a judge of --gold, or FILE.py:FUNCTION
-    reward_model: str = "out/reward/reward.pth"  # of --reward model
-    gold: Literal[tuple(JUDGES)] = "taste"  # a fixed judge, measured beside the reward
-    data: str = "auto"  # where prompts come from, as in sft.py
-    prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
-    prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens; --prompts keep their own length
-    max_new: Annotated[int, AtLeast(1)] = 48  # tokens of an answer
-    temperature: Annotated[float, AtLeast(1e-3)] = 1.0  # of sampling and scoring alike
-    eval_every: Annotated[int, AtLeast(1)] = 20  # steps
-    eval_prompts: Annotated[int, AtLeast(1)] = 64  # held-out prompts
-    eval_pass8: bool = True  # of a task: ask 8 answers to each of them, too
     samples: Annotated[int, AtLeast(0)] = 4  # held-out prompts whose answers report.py shows; 0: none
     log: str = "logs/ppo.csv"  # the run's numbers
     out: str = "out/ppo"  # the folder of the run's weights
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
-    resume: bool = False  # go on from --out
-    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: nothing here changes what is learnt ----
-    micro_batch: Annotated[int, AtLeast(0)] = 0  # prompts (PPO: answers) a backward pass; 0: all
-    grad_checkpoint: bool = False  # less memory, one more forward pass
     compile: bool = False  # decode and update; takes a minute first
-    save_every: Annotated[int, AtLeast(1)] = 20  # steps
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update
     sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: --dtype for Llama, else fp32
 
 

@@ -23,13 +23,12 @@ from policy import defaults, load_policy
 from rollout import COLUMNS, Environment
 from utils import checkpoint, hf, ranks
 from utils.cli import AtLeast, die, need, parse, program, refusing, resume_command, writing
-from utils.rewards import JUDGES
 from utils.run import Run, step_generator
 from utils.trl import attach, export, given_fields, load_trl, rollout_config, trl_refusing
 
 
 @dataclass
-class Args(techniques.Techniques):
+class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are there
     # ---- the algorithm ----
     objective: Literal[tuple(OBJECTIVES)] = "grpo"  # a row of grpo.py's table
     prompts_per_step: Annotated[int, AtLeast(1)] = 16  # B
@@ -38,37 +37,12 @@ class Args(techniques.Techniques):
     kl_in_reward: bool = False  # TRL has no equal
     dynamic_sampling: Annotated[int, AtLeast(0)] = 0  # TRL has no equal
     lr: Annotated[float, AtLeast(0.0)] = 1.5e-4  # learning rate of AdamW
-    steps: Annotated[int, AtLeast(1)] = 60  # rollouts
-    epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers
     minibatches: Annotated[int, AtLeast(1)] = 1  # optimizer steps an epoch
-    grad_clip: float = 1.0  # greatest norm of the gradient
     trl: dict[str, str] = field(default_factory=given_fields)  # other fields of GRPOConfig: --trl.NAME VALUE
-    seed: int = 0  # of prompts and draws
     # ---- the task ----
-    policy: str = "out/sft/policy.pth"  # π₀
-    task: str = ""  # questions with a right answer: add, sort, reverse, countdown, gym:NAME, FILE.py:TASK
-    reward: str = "model"  # model (with --task: the task's check), a judge of --gold, or FILE.py:FUNCTION
-    reward_model: str = "out/reward/reward.pth"  # of --reward model
-    gold: Literal[tuple(JUDGES)] = "taste"  # a fixed judge, measured beside the reward
-    data: str = "auto"  # where prompts come from, as in sft.py
-    prompts: str = ""  # your own instead: JSONL with a `prompt` a line; other keys reach the reward function
-    prompt_len: Annotated[int, AtLeast(1)] = 32  # tokens; --prompts keep their own length
-    max_new: Annotated[int, AtLeast(1)] = 48  # tokens of an answer
-    temperature: Annotated[float, AtLeast(1e-3)] = 1.0  # of sampling and scoring alike
-    eval_every: Annotated[int, AtLeast(1)] = 20  # steps
-    eval_prompts: Annotated[int, AtLeast(1)] = 64  # held-out prompts
-    eval_pass8: bool = True  # of a task: ask 8 answers to each of them, too
     log: str = "logs/trl.csv"  # the run's numbers
     out: str = "out/trl"  # the folder of the run's weights
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
-    resume: bool = False  # go on from --out
-    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: nothing here changes what is learnt ----
-    micro_batch: Annotated[int, AtLeast(0)] = 0  # prompts a backward pass; 0: all
-    grad_checkpoint: bool = False  # less memory, one more forward pass
-    save_every: Annotated[int, AtLeast(1)] = 20  # steps
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of TRL's passes
     sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of evaluation, as in train_grpo.py
 
 

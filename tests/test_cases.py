@@ -535,7 +535,7 @@ def stage(monkeypatch, args=None):
 
         def wait(self):
             return 0
-    monkeypatch.setattr(utils.subprocess, "Popen", Popen)
+    monkeypatch.setattr(subprocess, "Popen", Popen)
     monkeypatch.setattr(rlhf_demo.utils, "take_signals", lambda handler: None)
     rlhf_demo.run("sft.py", "out/sft/policy.pth", [], 2, args or rlhf_demo.Args(), "--steps", 2)
     return started[0] if started else None

@@ -14,7 +14,6 @@ import ctypes
 import io
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -55,15 +54,6 @@ def take_signals(handler):
         if signal.getsignal(number) in OURS:
             signal.signal(number, handler)
     OURS.append(handler)
-
-
-def run_stage(command, environment=None):
-    """Runs ["python", script, …] as a process of its own, which gets a signal and saves -> its exit code."""
-    stage = subprocess.Popen([sys.executable, *command[1:]], env=environment)
-    take_signals(lambda *_: stage.terminate())
-    code = stage.wait()
-    take_signals(stop)
-    return code if code >= 0 else 128 - code
 
 
 def in_one_line(kind, error, trace):

@@ -73,15 +73,9 @@ def build(path, content, make, made_by):
     return model
 
 
-def same_tokenizer(path, content, tokenizer, policy_path):
-    """π₀ fixes the tokenizer for all that follows: ids of another one would be read as other words."""
-    if content["tokenizer"] != tokenizer.state():
-        die(f"{path} was made with another tokenizer than {policy_path} ({tokenizer.name}): make it again")
-
-
 # arguments that a resume may give otherwise than the run began with
-MAY_CHANGE = {"resume", "overwrite", "steps", "grpo_steps", "save_every", "eval_every", "eval_interval",
-              "samples", "num_workers", "track", "log", "log_dir", "out", "output_dir", "ckpt_dir", "device"}
+MAY_CHANGE = {"resume", "overwrite", "steps", "save_every", "eval_every", "samples", "num_workers", "track",
+              "log", "log_dir", "out", "device"}
 
 
 def script(args):

@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 import typing
@@ -240,3 +241,20 @@ def resume_command():
     """The command line that goes on with this run."""
     once = ("--resume", "--fresh", "--overwrite")
     return shlex.join([*(word for word in command() if word not in once), "--resume"])
+
+
+def run_stage(command, environment=None):
+    """Prints and runs ["python", script, …], a process of its own, which gets a signal and saves.
+
+    If it fails, this script ends with the same exit code.
+    """
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    stage = subprocess.Popen([sys.executable, *command[1:]], env=environment)
+    utils.take_signals(lambda *_: stage.terminate())
+    code = stage.wait()
+    utils.take_signals(utils.stop)
+    code = code if code >= 0 else 128 - code
+    if code in utils.STOPS.values():
+        print("the demo goes on with:", resume_command().removesuffix(" --resume"))
+    if code:
+        raise SystemExit(code)

@@ -1,6 +1,5 @@
 """CSV logs -> curves -> figures, for plot.py and for every script that ends with a figure.
 
-Files NAME-s0.csv, NAME-s1.csv … are the seeds of one run. Empty cells were not measured: they are skipped.
 Left out: logarithmic axes, live updates.
 """
 import codecs

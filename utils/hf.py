@@ -70,10 +70,9 @@ def read(source):
         return read_gguf(source)
     load_file, folder = need("safetensors.torch", "hf").load_file, find(source)
     with readable(folder):
-        files = ["model.safetensors"]
-        if (folder / "model.safetensors.index.json").is_file():
-            index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-            files = sorted(set(index["weight_map"].values()))
+        files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         weights = {name: w for file in files for name, w in load_file(folder / file).items()}
         return json.loads((folder / "config.json").read_text(encoding="utf-8")), weights
 

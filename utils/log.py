@@ -106,8 +106,9 @@ def open_tracker(track, path, record):
         return None
     if track == "wandb":
         os.environ.setdefault("WANDB_MODE", "offline")
-        where = {"name": path.stem, "dir": str(path.parent)}
-        return need("wandb", "log").init(project="nanogrpo", config=record, **where).log
+        return need("wandb", "log").init(  # c2i_grpo.py has flags for the names
+            project=record.get("wandb_project", "nanogrpo"), entity=record.get("wandb_entity"),
+            name=record.get("wandb_run_name") or path.stem, dir=str(path.parent), config=record).log
     writer = need("torch.utils.tensorboard", "log").SummaryWriter(str(beside(path, "")))
 
     def to_tensorboard(values, step):

@@ -119,18 +119,11 @@ def neighbours(folder):
         sys.modules.update(hidden)
 
 
-def takes(function, name):
-    """Whether a function has an argument of this name, or takes any."""
-    try:
-        given = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions written in C don't say
-        return False
-    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in given)
-
-
 def checked(function, source, /, completions, prompts, **columns):
     """The scores as floats, one a completion, or a message that says what the function did instead."""
-    if not takes(function, "completion_ids"):  # TRL's rewards may want the tokens
+    try:  # TRL's rewards may want the tokens
+        inspect.signature(function).bind_partial(completion_ids=None)
+    except (TypeError, ValueError):  # it has no such argument, or is written in C and doesn't say
         columns.pop("completion_ids", None)
     try:
         scores = function(completions=completions, prompts=prompts, **columns)

@@ -33,9 +33,7 @@ def load_corpus(name="auto"):
     """-> (text, its source). name: auto (Shakespeare, else the play), shakespeare, play, or a text file."""
     if name in ("auto", "shakespeare"):
         try:
-            text = tiny_shakespeare()
-            note("text of --data", text)
-            return text, "tinyshakespeare"
+            return tiny_shakespeare(), "tinyshakespeare"
         except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
             if name == "shakespeare":
                 why = " ".join(str(error).split())
@@ -43,9 +41,8 @@ def load_corpus(name="auto"):
                     "folder that holds tinyshakespeare/ in NANOGRPO_DATA, or use --data play")
         print(f"Tiny Shakespeare can't be found or downloaded: using the offline play, data/{PLAY.name}")
     if name in ("auto", "play"):
-        text = PLAY.read_text(encoding="utf-8")
-        note("text of --data", text)
-        return text, PLAY.name
+        note("text of --data", PLAY)
+        return PLAY.read_text(encoding="utf-8"), PLAY.name
     text = read_text("--data", name, "auto, shakespeare, play or the path of a UTF-8 text file")
     if len(text) < 1000:
         die(f"--data {name} has {len(text)} characters: wanted at least 1,000 to learn from")
@@ -67,6 +64,7 @@ def tiny_shakespeare():
             f"{SHAKESPEARE_SHA256[:12]}…. Delete it and try again, or use --data play.")
     if source == SHAKESPEARE_URL and os.access(DATA if DATA.exists() else DATA.parent, os.W_OK):
         atomic_write(places[-1], content)
+    note("text of --data", content)
     return content.decode()
 
 

@@ -101,9 +101,7 @@ class ChatTokenizer:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.template)
 
-    def encode_prompt(self, text, short=None):
-        """A prompt as the policy reads it: a chat model reads the long form, in its template."""
-        return self.encode(self.prompt(text))
+    encode_prompt = Tokenizer.encode_prompt  # prompt() ignores the short form
 
     def state(self):
         return {"name": self.name, "source": self.source, "stops": self.stops, "template": self.template,
@@ -134,7 +132,10 @@ def fast_tokenizer(ours):
         made.pre_tokenizer = split.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         made.decoder = tokenizers.decoders.Fuse()
         return made
-    letters = printable_bytes()
+    # GPT-2's custom: a byte is itself if it is printable, else a letter from 256 on
+    alphabet = sorted(split.ByteLevel.alphabet())
+    others = [byte for byte in range(256) if chr(byte) not in alphabet]
+    letters = dict(zip([ord(letter) for letter in alphabet if ord(letter) < 256] + others, alphabet))
     ranks = {"".join(letters[byte] for byte in token): rank
              for token, rank in ours.encoding._mergeable_ranks.items()}
     # tiktoken joins any two neighbours whose union has a rank, the lowest rank first
@@ -148,13 +149,6 @@ def fast_tokenizer(ours):
     made.add_special_tokens([tokenizers.AddedToken(text, normalized=False)
                              for text in ours.encoding._special_tokens])
     return made
-
-
-def printable_bytes():
-    """A printable letter for each byte, GPT-2's custom: itself if it is printable, else one from 256 on."""
-    letters = sorted(need("tokenizers", "hf").pre_tokenizers.ByteLevel.alphabet())
-    others = [byte for byte in range(256) if chr(byte) not in letters]
-    return dict(zip([ord(letter) for letter in letters if ord(letter) < 256] + others, letters))
 
 
 def train_tokenizer(name, text, vocab_size=1024):
@@ -176,31 +170,22 @@ def train_bpe(text, size):
     counts = list(pieces.values())
     pairs, where = Counter(), defaultdict(set)  # how often a pair stands, and in which words
 
-    def count(w, pair, sign=1):
-        pairs[pair] += sign * counts[w]
-        if sign > 0:
+    def count(w, sign):
+        for pair in zip(words[w], words[w][1:]):
+            pairs[pair] += sign * counts[w]
             where[pair].add(w)
-        elif not pairs[pair]:
-            del pairs[pair]
 
     def merge(w, best):
-        """From the left, "aaa" becomes "aa", "a"; only the pairs beside a merge are counted anew."""
+        """From the left: "aaa" becomes "aa", "a"."""
         word, i = words[w], 0
         while best[0] in word[i:-1]:
             i = word.index(best[0], i)
             if word[i + 1] == best[1]:
-                around = word[max(0, i - 1):i + 3]
-                for pair in zip(around, around[1:]):
-                    count(w, pair, -1)
                 word[i:i + 2] = [best[0] + best[1]]
-                around = word[max(0, i - 1):i + 2]
-                for pair in zip(around, around[1:]):
-                    count(w, pair)
             i += 1
 
-    for w, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            count(w, pair)
+    for w in range(len(words)):
+        count(w, 1)
     vocabulary = [bytes([b]) for b in range(256)]
     while len(vocabulary) < size and pairs:
         # of equally frequent pairs the one of greater bytes: the same ranks on every machine
@@ -210,5 +195,7 @@ def train_bpe(text, size):
         best = max(pair for pair, n in pairs.items() if n == most)
         vocabulary.append(best[0] + best[1])
         for w in where.pop(best):
+            count(w, -1)
             merge(w, best)
+            count(w, 1)
     return vocabulary

@@ -6,10 +6,8 @@ A flag that is None takes a value of LlamaGen's or of the digits (vision/c2i/mod
 of train_grpo.py. Left out: text prompts, schedules. Run: python -m vision.c2i_grpo
 """
 import copy
-import os
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import utils  # before torch: it sets how OpenMP's threads wait
@@ -126,17 +124,6 @@ def save(args, policy, optimizer, counts, arguments):
               args=arguments, inputs=dict(INPUTS))
 
 
-def open_log(args, total, start):
-    """The CSV; with --track wandb the same numbers go to W&B under the script's own names."""
-    log = Log(args.log, COLUMNS, total, start, "none" if args.track == "wandb" else args.track, args)
-    if args.track == "wandb" and ranks.rank() == 0:
-        os.environ.setdefault("WANDB_MODE", "offline")
-        log.tracker = need("wandb", "log").init(
-            project=args.wandb_project, entity=args.wandb_entity, dir=str(Path(args.log).parent),
-            name=args.wandb_run_name or Path(args.log).stem, config=asdict(args)).log
-    return log
-
-
 def log_picture(args, log, step, images):
     """Every so many steps: the first images of a rollout as a PNG, a line a class; W&B gets it too."""
     if ranks.rank() or not args.log_image_every or step % args.log_image_every:
@@ -182,7 +169,7 @@ def main(args):
     total = max(start, min(args.epochs * (len(data) // (B * world)), args.steps or 10**12))
     checkpoint.take(args, dist.checkpoints(args.out))
     write_run_record(args.log, args, device=str(device), world=world)
-    log = open_log(args, total, start)
+    log = Log(args.log, COLUMNS, total, start, args.track, args)
     interrupt = Interrupt()
     parts = torch.arange(B).split(args.train_batch_size)  # the classes of one forward and backward pass
     passes = args.gradient_accumulation_steps

@@ -95,11 +95,8 @@ def center_crop(image, size):
 
 
 def read_codes(stem, T, codebook_size, num_classes, i, _):
-    arrays = []
-    for part in ("codes", "labels"):
-        with open(f"{stem}_{part}/{i}.npy", "rb") as file:  # np.load would raise EOFError on an empty file
-            arrays.append(torch.from_numpy(np.lib.format.read_array(file)).long())
-    codes, label = arrays
+    codes, label = (torch.from_numpy(np.load(f"{stem}_{part}/{i}.npy")).long()
+                    for part in ("codes", "labels"))
     if codes.dim() != 3 or codes.shape[2] != T or label.numel() != 1:
         raise ValueError(f"codes of shape {tuple(codes.shape)}: wanted (1, n_aug, {T}), and one label")
     in_range("codes", codes, codebook_size)

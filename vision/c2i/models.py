@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from utils import checkpoint, dist, guard
-from utils.cli import atomic_write, die, need
+from utils.cli import atomic_write, die, need, refusing
 from utils.device import write_run_record
 from utils.rewards import checked, load_reward
 from utils.run import step_generator
@@ -44,10 +44,8 @@ def resolve(args):
     defaults = {**(DIGITS if is_digits else LLAMAGEN),
                 "reward": "mse" if args.sampling == "teacher-forced" else "classifier"}
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    try:
+    with refusing(what="--"):
         check_sampling(args.cfg_scale, args.temperature, args.top_k, args.top_p)
-    except ValueError as error:
-        die(f"--{error}")
     factor, size = TOKENIZERS[args.vq_model].downsample, args.image_size
     batch = args.train_batch_size * args.gradient_accumulation_steps
     refusals = {  # message: whether it applies

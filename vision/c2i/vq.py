@@ -89,9 +89,8 @@ class Level(nn.Module):
         self.res = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(n_res))
         self.attn = nn.ModuleList(Attention(c_out) if attention else nn.Identity() for _ in range(n_res))
         self.downsample = downsample(c_out) if down else nn.Identity()
-        self.upsample = nn.Identity()
-        if up:
-            self.upsample = chain(nearest=nn.Upsample(scale_factor=2.0), conv=conv3(c_out, c_out))
+        self.upsample = (chain(nearest=nn.Upsample(scale_factor=2.0), conv=conv3(c_out, c_out)) if up
+                         else nn.Identity())
 
     def forward(self, x):
         for res, attn in zip(self.res, self.attn):
@@ -192,9 +191,7 @@ class VQModel(nn.Module):
         images (B, 3, H, W) -> scalar. x̂ = decode(z + sg(q - z)): the encoder gets the gradient at q.
         """
         z = self.embed(images)  # (B, h, w, D)
-        with torch.no_grad():
-            codes = self.quantize.nearest(z)
-        q = self.quantize.lookup(codes)
+        q = self.quantize.lookup(self.quantize.nearest(z))
         mse = F.mse_loss(self.from_vectors(z + (q - z).detach()), images)
         return mse + F.mse_loss(q, z.detach()) + beta * F.mse_loss(z, q.detach())
 
