@@ -83,8 +83,7 @@ def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top
         uniforms = torch.rand(N, max_new, generator=generator).to(device)
     how = temperature, top_k, top_p
     decoding = Decoding(model, prompt, pad, group_size, uniforms, how, fast_next_token)
-    if graphs:
-        decoding = graphs.recorded(decoding)
+    decoding = graphs.recorded(decoding) if graphs else decoding
     # inference mode is the quickest, but autocast would cast each weight again at each token in it
     mode = torch.no_grad if graphs or torch.is_autocast_enabled(device.type) else torch.inference_mode
     part = 1 if device.type == "cpu" and not graphs else PART
@@ -93,10 +92,10 @@ def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top
             if t and stop and ended(decoding.tokens[:, :t], stop).any(1).all():
                 break
             decoding.extend(t, min(t + part, max_new))
-    answer = decoding.tokens
-    stops = ended(answer, stop).long()
+    stops = ended(decoding.tokens, stop).long()
     mask = stops.cumsum(1) - stops == 0  # no stop before it
-    return torch.cat([prompt.repeat_interleave(group_size, 0), answer], 1), decoding.logp * mask, mask
+    prompts = prompt.repeat_interleave(group_size, 0)
+    return torch.cat([prompts, decoding.tokens], 1), decoding.logp * mask, mask
 
 
 def score(model, tokens, prompt_len, temperature=1.0, pad=None, group_size=1, entropy_grad=False):

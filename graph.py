@@ -2,7 +2,7 @@
 
 A recording replays the same kernels on the same memory. So each shape has its own, what changes is copied in
 before, and what comes out is copied out. The recorded functions are those of the other files: sampling in
-parts of 16 tokens, and a pass of a model, its backward pass too. On a CPU they run as they are, for the tests.
+parts of 16 tokens, and a model's passes, forward and backward. On a CPU they run as they are, for tests.
 Left out: the loss, the optimizer.
 Run: python train_grpo.py --device cuda
 """
@@ -56,9 +56,9 @@ def made_or_eager(make, function):
     """make(), or where no graph can be made `function` itself, with a line that says so."""
     try:
         return make()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         print(f"no CUDA graph, so slower: {str(error).splitlines()[0][:150]}", file=sys.stderr)
         return function
 
@@ -126,7 +126,7 @@ class Recording:
 
 
 def one_pass(function, model, tokens, pad, autocast, graphs):
-    """function(tokens (N, L), pad (N,) or None) of a model, in a precision; by a recording if there are graphs.
+    """function(tokens (N, L), pad (N,) or None) of a model, in a precision; with graphs by a recording.
 
     A recording fills the rows up on the right. So the function may not look ahead, and always be the same.
     """
@@ -173,7 +173,7 @@ class Graphs:
         return self.decodings[shape]
 
     def call(self, function, model, autocast, tokens, pad):
-        """As one_pass. Rows are filled up to 16, 32, … tokens, and their number to one that has a recording."""
+        """As one_pass. Rows are filled up to 16, 32, … tokens, their number to one that has a recording."""
         (N, length), most = tokens.shape, model.config.block_size
         more = min(-length % 16, most - length)
         known = self.passes.setdefault((id(model), length + more, torch.is_grad_enabled()), {})
@@ -190,8 +190,8 @@ class Graphs:
         """-> what does again what module(*inputs) and its backward pass do."""
         if not inputs[0].is_cuda:
             return module
-        quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda warn: None)
-        quiet(False)  # weights are waited for on another stream than the recording's, which is right
+        warn = "set_warn_on_accumulate_grad_stream_mismatch"  # the recording's stream is another, rightly
+        getattr(torch.autograd.graph, warn, lambda warn: None)(False)
         # memory of its own, not `pool`: two models' forward passes may come before both backward passes
         graphed = made_or_eager(lambda: torch.cuda.make_graphed_callables(module, inputs), module)
         for weight in set(module.parameters()) - self.cloned:

@@ -41,7 +41,8 @@ class Environment:
         share_prompt = getattr(args, "share_prompt", "no")  # PPO's answers stand alone
         self.share_prompt = share_prompt == "yes" or share_prompt == "auto" and 2 * self.P >= self.T
         self.samples = Samples(args)
-        self.compiled = {}
+        self.fast = functools.cache(  # a function of a model, compiled once
+            lambda function, model: compiled(lambda *args: function(model, *args), self.device))
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
         self.cut = 0.0  # share of the last step's answers that --max_new cut
         self.sampling, self.exact, dtype = sampling(policy, args.sample_dtype, run)
@@ -100,12 +101,6 @@ class Environment:
         [value] = one_pass(lambda tokens, pad: [critic(tokens, pad)], critic, tokens[..., :-1].flatten(0, 1),
                            answers.padding(rows), self.run.autocast, self.graphs)
         return value[:, self.P - 1:].unflatten(0, tokens.shape[:2])
-
-    def fast(self, function, model):
-        """`function` of `model`, compiled once."""
-        if (function, model) not in self.compiled:
-            self.compiled[function, model] = compiled(lambda *args: function(model, *args), self.device)
-        return self.compiled[function, model]
 
     # ---- what is measured ----
     def measure(self, answers, reward, adv):

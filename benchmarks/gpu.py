@@ -67,7 +67,8 @@ def beside_trl(args, size, vocab, B, G, P, T, steps):
         vocab, B, G, P, T, steps = 65, 2, 2, 8, 8, 3
     tokenizer = alphabet(vocab)
     torch.manual_seed(0)
-    work = Work(B, G, P, T, steps, 0, torch.get_num_threads(), "grpo", 0.04, 1e-5, "letter_share", args.device)
+    threads = torch.get_num_threads()
+    work = Work(B, G, P, T, steps, 0, threads, "grpo", 0.04, 1e-5, "letter_share", args.device)
     with tempfile.TemporaryDirectory() as folder:
         model = GPT(GPTConfig(vocab, P + T, layers, heads, width)).eval()
         prompts = [(string.ascii_letters * P)[i:i + P] for i in range(50)]
@@ -154,8 +155,10 @@ def floor(args):
     def eager(tokens):
         with autocast():
             return plain(tokens, P)[0]
-    scores = {"eager": eager, "recorded": lambda tokens: one_pass(lambda tokens, pad: plain(tokens, P), model, tokens,
-                                                           None, autocast, graphs)[0]}
+
+    def recorded(tokens):
+        return one_pass(lambda tokens, pad: plain(tokens, P), model, tokens, None, autocast, graphs)[0]
+    scores = {"eager": eager, "recorded": recorded}
     for name, scored in scores.items():
         clock = time.perf_counter()
         update(scored)
@@ -194,9 +197,9 @@ def side_by_side(calls, jobs):
 def smollm2_words(args, B, G, steps, questions):
     if args.tiny:
         B, G, steps, questions = 2, 2, 1, 2
-    return ["--policy", args.smollm2, "--task", "add", "--prompts_per_step", B, "--group_size", G, "--max_new",
-            12, "--beta", 0, "--eval_prompts", questions, "--steps", steps, "--save_every", 10**6, "--device",
-            args.device]
+    return ["--policy", args.smollm2, "--task", "add", "--prompts_per_step", B, "--group_size", G, "--beta",
+            0, "--max_new", 12, "--eval_prompts", questions, "--steps", steps, "--save_every", 10**6,
+            "--device", args.device]
 
 
 def smollm2(args):
@@ -206,7 +209,8 @@ def smollm2(args):
         calls.append(("train_grpo.py", [*words, "--seed", seed, "--out", f"{args.out}/out/smollm2-s{seed}"],
                       f"{args.out}/smollm2-s{seed}.csv"))
     for seed, rows in enumerate([*side_by_side(calls[:1], 1), *side_by_side(calls[1:], args.jobs)]):
-        yield f"seed {seed}: accuracy at the start", float(rows[0]["eval_acc"]), "", "greedy, 512 held-out sums"
+        start = float(rows[0]["eval_acc"])
+        yield f"seed {seed}: accuracy at the start", start, "", "greedy, 512 held-out sums"
         yield f"seed {seed}: accuracy at the end", rows[-1]["held out"], "", f"after {len(rows)} steps"
         note = "evaluations apart; first step {:.2f}".format(float(rows[0]["seconds"]))
         yield f"seed {seed}: training", last(rows, "seconds"), "s", note if seed == 0 else "beside others"
@@ -261,7 +265,8 @@ def memory(args):
                              f"{folder}/prompts.jsonl", "--reward", "sentiment", "--prompts_per_step", B,
                              "--group_size", G, "--max_new", T, "--minibatches", minibatches, "--steps", 3,
                              "--save_every", 10**6, "--eval_prompts", 1, "--device", args.device,
-                             "--out", f"{folder}/{script}{minibatches}", log=f"{folder}/{script}{minibatches}.csv")
+                             "--out", f"{folder}/{script}{minibatches}",
+                             log=f"{folder}/{script}{minibatches}.csv")
                 yield f"{script}, {minibatches} minibatches", last(rows, "peak_mem_mb"), "MB", ""
 
 
@@ -314,8 +319,8 @@ def variants(args):
         with tempfile.TemporaryDirectory() as folder:
             clock = time.perf_counter()
             try:
-                train(*words.split(), "--device", args.device, "--out", f"{folder}/out", log=f"{folder}/run.csv",
-                      timeout=90)
+                train(*words.split(), "--device", args.device, "--out", f"{folder}/out",
+                      log=f"{folder}/run.csv", timeout=90)
                 yield name, time.perf_counter() - clock, "s", "a few steps and the start"
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 yield name, float("nan"), "s", f"failed: {str(error)[-200:]}"
@@ -361,8 +366,10 @@ def tests(args):
         print(done.stdout[-3000:])
 
 
-PARTS = {speed_nano: 50, speed_gpt2: 80, floor: 40, smollm2: 180, smollm2_trl: 60, tests: 60, image_gpt: 70,
-         demo: 80, smollm2_methods: 90, memory: 90, one_process: 40, compile_nano: 150, variants: 120}  # most seconds of each
+PARTS = {  # most seconds of each
+    speed_nano: 50, speed_gpt2: 80, floor: 40, smollm2_trl: 60, smollm2: 120, tests: 60, image_gpt: 70,
+    demo: 80, one_process: 40, smollm2_methods: 90, variants: 90, memory: 60, compile_nano: 90}
+ALL = 480  # seconds of all of them together
 
 
 def run_part(part, args):
@@ -395,11 +402,14 @@ def main(args):
     if args.only:
         run_part(names[args.only], args)
         return
+    end = time.perf_counter() + ALL
     for part, limit in PARTS.items():
         if args.parts and part.__name__ not in args.parts:
             continue
+        limit = min(limit, max(0, int(end - time.perf_counter())))
         words = ["--out", args.out, "--smollm2", args.smollm2, "--seeds", str(args.seeds),
-                 "--jobs", str(args.jobs), "--device", args.device, *(["--tiny"] if args.tiny else []), *([] if args.trl else ["--no_trl"])]
+                 "--jobs", str(args.jobs), "--device", args.device, *(["--tiny"] if args.tiny else []),
+                 *([] if args.trl else ["--no_trl"])]
         clock = time.perf_counter()
         try:
             done = subprocess.run([sys.executable, __file__, "--only", part.__name__, *words], timeout=limit)

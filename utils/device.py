@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import atomic_write, beside, command, die, refusing
+from utils.cli import atomic_write, beside, command, die
 
 
 def rank():
@@ -42,14 +42,13 @@ def pick_device(name="auto"):
     """auto: CUDA, then Apple's MPS, then the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with refusing(RuntimeError, f"--device {name!r} is unknown: wanted auto, cpu, cuda, cuda:1 or mps. "):
-        device = torch.device(name)
-    if device.type not in ("cpu", "cuda", "mps"):
-        die(f"--device {name!r} is unknown: wanted auto, cpu, cuda or mps")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        die(f"--device {name!r} is unknown: wanted auto, cpu, cuda, cuda:1 or mps")
+    device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            die(f"--device {name}: this torch sees no CUDA GPU, or its driver is too old. Use --device cpu, or "
-                "install a CUDA build of torch that fits the driver.")
+            die(f"--device {name}: this torch sees no CUDA GPU, or its driver is too old. Use --device cpu, "
+                "or install a CUDA build of torch that fits the driver.")
         if (device.index or 0) >= torch.cuda.device_count():
             die(f"--device {name}: the GPUs here are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for each new shape

@@ -18,23 +18,21 @@ import torch.distributed as dist
 from utils.cli import die, refusing
 from utils.device import pick_device, rank, world
 
-SMALLER = ("out of memory: --micro_batch 1, --grad_checkpoint or a smaller --max_new need less, and the last "
-           "checkpoint stays. ")
-
 
 @contextlib.contextmanager
 def one_voice():
     """For what all ranks do alike: rank 0 prints, the others are silent, unless one of them ends alone."""
-    if not rank():
-        with refusing(torch.OutOfMemoryError, SMALLER):
-            yield
-        return
-    errors = io.StringIO()
+    errors, quiet = io.StringIO(), contextlib.ExitStack()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-            with refusing(torch.OutOfMemoryError, SMALLER):
-                yield
+        with quiet, refusing(torch.OutOfMemoryError, "--micro_batch 1, --grad_checkpoint or a smaller "
+                             "--max_new need less memory, and the last checkpoint stays. "):
+            if rank():
+                quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                quiet.enter_context(contextlib.redirect_stderr(errors))
+            yield
     except SystemExit:
+        if not rank():
+            raise
         # torchrun ends all with the first, so rank 0 needs time to print. If rank 0 stays, this one prints.
         where = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
         with contextlib.suppress(OSError):
