@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint
-from utils.cli import AtLeast, die, parse
+from utils.cli import AtLeast, die, parse, refusing
 from utils.device import pick_device
 from utils.log import SHARED
 from utils.run import Run, step_generator
@@ -261,4 +261,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse(Args))
+    refusing(torch.OutOfMemoryError, "a smaller --batch_size needs less memory: ")(main)(parse(Args))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from utils.cli import AtLeast, die, parse
+from utils.cli import AtLeast, die, parse, refusing
 from utils.device import pick_device
 from utils.log import SHARED
 from utils.run import Run, step_generator
@@ -132,8 +132,7 @@ def main(args):
     policy.requires_grad_(False)
     trained.requires_grad_(True)
     ref = copy.deepcopy(policy)  # same requires_grad: else the CPU takes other kernels, KL begins at 1e-9
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, betas=(0.9, 0.99),
-                                  weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr, (0.9, 0.99), weight_decay=args.weight_decay)
     best_file = f"{args.out}/best_{Path(args.model).name}_grpo.pt"
     state = run.hold({"classes": data.classes}, counts={"best": -1.0}, writes=[best_file],
                      model=policy, ref=ref, optimizer=optimizer)
@@ -201,4 +200,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse(Args))
+    refusing(torch.OutOfMemoryError, "a smaller --batch_size needs less memory: ")(main)(parse(Args))

@@ -18,7 +18,7 @@ import utils  # before torch: it sets how OpenMP's threads wait
 import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from utils.cli import AtLeast, die, parse
+from utils.cli import AtLeast, die, parse, refusing
 from utils.device import pick_device
 from utils.log import SHARED, open_tracker
 from utils.run import Run, step_generator
@@ -240,4 +240,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse(Args, PRESETS))
+    refusing(torch.OutOfMemoryError, "a smaller --batch_size needs less memory: ")(main)(parse(Args, PRESETS))

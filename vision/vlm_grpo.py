@@ -20,7 +20,7 @@ import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint, guard
-from utils.cli import INPUTS, AtLeast, Interrupt, die, need, parse, resume_command
+from utils.cli import INPUTS, AtLeast, Interrupt, die, need, parse, refusing, resume_command
 from utils.device import peak_mem_mb, pick_device, rank, world, write_run_record
 from utils.log import SHARED, Log
 from utils.rewards import load_reward
@@ -297,4 +297,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse(Args))
+    refusing(torch.OutOfMemoryError, "fewer answers a step need less memory: ")(main)(parse(Args))
