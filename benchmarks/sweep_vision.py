@@ -62,7 +62,7 @@ SWEEPS = {
         "mse": (f"{C2I} --sampling teacher-forced", rates(5e-4, 2.5e-4))}),
     "vit": Kind("eval_r", 5, {task: (f"{VIT} --task {task}", rates(1e-3, 5e-4))
                               for task in ("class", "box", "mask")}),
-    "vlm": Kind("accuracy", 3, {"nano": (VLM, rates(1e-4, 5e-5))})}
+    "vlm": Kind("accuracy", 5, {"nano": (VLM, rates(1e-4, 5e-5))})}
 
 
 @dataclass
