@@ -83,7 +83,7 @@ def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top
         uniforms = torch.rand(N, max_new, generator=generator).to(device)
     how = temperature, top_k, top_p
     decoding = Decoding(model, prompt, pad, group_size, uniforms, how, fast_next_token)
-    decoding = graphs.recorded(decoding) if graphs else decoding
+    decoding = graphs.recorded(decoding) if graphs and N else decoding
     # inference mode is the quickest, but autocast would cast each weight again at each token in it
     mode = torch.no_grad if graphs or torch.is_autocast_enabled(device.type) else torch.inference_mode
     part = 1 if device.type == "cpu" and not graphs else PART

@@ -19,7 +19,7 @@ from attention import causal_mask
 class AnswerCache:
     """Keys and values of N answers, prompt included: a pair of buffers (N, kv heads, P + T, d) a layer.
 
-    A group's prompt is held G times, so that one kernel finds a whole row side by side.
+    A group's prompt is held G times. So one kernel reads all keys of a row in one go.
     start: how many tokens stand before the one that is read.
     """
 
@@ -56,9 +56,8 @@ def made_or_eager(make, function):
     """make(), or where no graph can be made `function` itself, with a line that says so."""
     try:
         return make()
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except RuntimeError as error:  # too little memory, too
+        torch.clear_autocast_cache()  # what was to be recorded is not computed
         print(f"no CUDA graph, so slower: {str(error).splitlines()[0][:150]}", file=sys.stderr)
         return function
 
@@ -128,7 +127,7 @@ class Recording:
 def one_pass(function, model, tokens, pad, autocast, graphs):
     """function(tokens (N, L), pad (N,) or None) of a model, in a precision; with graphs by a recording.
 
-    A recording fills the rows up on the right. So the function may not look ahead, and always be the same.
+    A recording fills the rows up on the right. So the function must not look ahead, and is always the same.
     """
     if graphs and not getattr(getattr(model, "trunk", model), "checkpointing", False):
         return graphs.call(function, model, autocast, tokens, pad)
@@ -166,18 +165,18 @@ class Graphs:
 
     def recorded(self, decoding):
         """The recording for a Decoding of this shape, with its prompts and uniforms."""
-        shape = decoding.prompt.shape, decoding.uniforms.shape, decoding.how
+        shape = decoding.prompt.shape, decoding.uniforms.shape, decoding.pad is None, decoding.how
         if shape not in self.decodings:
             self.decodings[shape] = Recording(decoding, self.pool)
         self.decodings[shape].refill(decoding)
         return self.decodings[shape]
 
     def call(self, function, model, autocast, tokens, pad):
-        """As one_pass. Rows are filled up to 16, 32, … tokens, their number to one that has a recording."""
+        """As one_pass. Rows are filled up to 16, 32, … tokens, and their number to a power of two."""
         (N, length), most = tokens.shape, model.config.block_size
         more = min(-length % 16, most - length)
-        known = self.passes.setdefault((id(model), length + more, torch.is_grad_enabled()), {})
-        rows = min((n for n in known if n >= N), default=N)
+        known = self.passes.setdefault((id(model), length + more, pad is None, torch.is_grad_enabled()), {})
+        rows = 1 << (N - 1).bit_length()
         inputs = [F.pad(tokens, (0, more, 0, rows - N))]
         inputs += [] if pad is None else [F.pad(pad, (0, rows - N))]
         if rows not in known:

@@ -257,6 +257,8 @@ def test_of_a_long_row_the_block_is_found_first():
         action, want = inverse_cdf(logp, u), torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
         assert logp.gather(1, action[:, None]).isfinite().all()
         assert (action == want[:, 0]).float().mean() > 0.98
+    broken = inverse_cdf(torch.full((2, 5001), math.nan), torch.rand(2))  # the loss will say so, not an index
+    assert ((0 <= broken) & (broken < 5001)).all()
 
 
 def reference_sampling(logits, top_k, top_p):

@@ -51,6 +51,7 @@ def pick_device(name="auto"):
                 "or install a CUDA build of torch that fits the driver.")
         if (device.index or 0) >= torch.cuda.device_count():
             die(f"--device {name}: the GPUs here are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        torch.cuda.set_device(-1 if device.index is None else device.index)  # -1: it stays. Graphs need it
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for each new shape
     if device.type == "mps" and not torch.backends.mps.is_available():
         die("--device mps: this torch sees no Apple GPU. Use --device cpu.")
