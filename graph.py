@@ -53,10 +53,10 @@ class AnswerCache:
 
 # ---- recording ----
 def made_or_eager(make, function):
-    """make(), or where no graph can be made `function` itself, with a line that says so."""
+    """make(). Where that fails, a line, and `function`: it is called next, and raises faults of its own."""
     try:
         return make()
-    except RuntimeError as error:  # too little memory, too
+    except RuntimeError as error:
         torch.clear_autocast_cache()  # what was to be recorded is not computed
         print(f"no CUDA graph, so slower: {str(error).splitlines()[0][:150]}", file=sys.stderr)
         return function
@@ -175,15 +175,15 @@ class Graphs:
         """As one_pass. Rows are filled up to 16, 32, … tokens, and their number to a power of two."""
         (N, length), most = tokens.shape, model.config.block_size
         more = min(-length % 16, most - length)
-        known = self.passes.setdefault((id(model), length + more, pad is None, torch.is_grad_enabled()), {})
         rows = 1 << (N - 1).bit_length()
         inputs = [F.pad(tokens, (0, more, 0, rows - N))]
         inputs += [] if pad is None else [F.pad(pad, (0, rows - N))]
-        if rows not in known:
+        key = id(model), inputs[0].shape, pad is None, torch.is_grad_enabled()
+        if key not in self.passes:
             module = Pass(function, model, autocast)
-            known[rows] = (self.with_backward(module, tuple(inputs)) if torch.is_grad_enabled() else
-                           record_call(module, inputs, self.pool))
-        return [x[:N, :x.shape[1] - more] for x in known[rows](*inputs)]
+            self.passes[key] = (self.with_backward(module, tuple(inputs)) if torch.is_grad_enabled() else
+                                record_call(module, inputs, self.pool))
+        return [x[:N, :x.shape[1] - more] for x in self.passes[key](*inputs)]
 
     def with_backward(self, module, inputs):
         """-> what does again what module(*inputs) and its backward pass do."""

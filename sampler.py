@@ -51,7 +51,7 @@ def inverse_cdf(logp, u):
     block = torch.searchsorted(ends, u, right=True).clamp(max=ends.shape[1] - 1)  # (N, 1)
     cdf = p.gather(1, block[:, :, None].expand(-1, 1, 256))[:, 0].cumsum(-1, dtype=torch.double)
     u = (u - (ends.gather(1, block) - cdf[:, -1:])).clamp(min=0)  # less what stands before the block
-    within = torch.searchsorted(cdf, u.minimum(cdf[:, -1:] * (1 - 2**-52)), right=True).clamp(max=255)
+    within = torch.searchsorted(cdf, u.minimum(cdf[:, -1:] * (1 - 2**-52)), right=True)
     return (block * 256 + within)[:, 0].clamp(max=V - 1)
 
 

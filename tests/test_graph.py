@@ -133,6 +133,16 @@ def test_a_device_that_is_not_there(name, says, monkeypatch, capsys):
     refused(capsys, lambda: pick_device(name), f"--device {name}" if ":7" in name else name, says)
 
 
+@pytest.mark.parametrize("name, current", [("cuda:1", 1), ("cuda", -1)])  # -1 leaves it as it is
+def test_the_gpu_that_is_named_becomes_the_current_one(name, current, monkeypatch):
+    """Graphs are recorded on the current one: on another nothing would be recorded."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device(name) == torch.device(name) and chosen == [current]
+
+
 def test_a_gpu_without_bfloat16(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")

@@ -91,8 +91,8 @@ def check_compiler(device):
         subprocess.run([*shlex.split(compiler), "--version"], check=True, capture_output=True)
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # whatever the compiler and torch's several layers raise
-        die(f"--compile needs a C++ compiler and {compiler!r} can't compile here ({type(error).__name__}): "
-            "install one, name it in CXX, or leave --compile away")
+        die(f"--compile needs a C++ compiler and {compiler!r} can't compile here ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:150]}): install one, name it in CXX, or leave --compile away")
 
 
 def peak_mem_mb(device):
