@@ -74,23 +74,23 @@ class GroupCache:
 
     size 0: the answers come whole, in one pass. Otherwise they come token by token, at most `size` of them.
     Then they leave keys and values in `own`, a buffer (2, B, kv heads, G, size, d) a layer.
-    start: how many tokens stand before the next pass. A tensor keeps all shapes fixed, for --compile.
+    start: how many tokens stand before the next pass.
     """
 
     def __init__(self, prompt, group_size, size=0):
         self.prompt, self.group_size, self.size, self.start = prompt, group_size, size, prompt.length
         self.own = {}
-        for layer, (k, _) in prompt.pairs.items() if size else ():
-            B, heads, _, d = k.shape
-            self.own[layer] = k.new_zeros(2, B, heads, group_size, size, d)
+        if size:
+            for layer, (k, _) in prompt.pairs.items():
+                B, heads, _, d = k.shape
+                self.own[layer] = k.new_zeros(2, B, heads, group_size, size, d)
 
     def places(self, T, device):
-        P, pad, fixed = self.prompt.length, self.prompt.pad, isinstance(self.start, torch.Tensor)
+        pad, end = self.prompt.pad, self.start + T
         position = self.start + torch.arange(T, device=device)
-        n_keys = P + self.size if fixed else self.start + T
-        self.slots = position - P if fixed else slice(self.start - P, n_keys - P)  # of this pass, in `own`
-        alone = pad is None and self.size and T == 1 and not fixed  # one new token sees all that is there
-        mask = None if alone else causal_mask(position, n_keys, pad)
+        self.slots = slice(self.start - self.prompt.length, end - self.prompt.length)  # of this pass, in `own`
+        alone = pad is None and self.size and T == 1  # one new token sees all that is there
+        mask = None if alone else causal_mask(position, end, pad)
         if pad is not None:
             position = (position - pad[:, None]).clamp(min=0).repeat_interleave(self.group_size, 0)
         return position, mask
@@ -109,8 +109,7 @@ class GroupCache:
         q = (q * d ** -0.5).reshape(B, G, kv_heads, -1, d).transpose(1, 2)  # (B, kv heads, G, queries, d)
         own[0][..., self.slots, :] = k.view(B, G, kv_heads, T, d).transpose(1, 2)
         own[1][..., self.slots, :] = v.view(B, G, kv_heads, T, d).transpose(1, 2)
-        end = self.slots.stop if isinstance(self.slots, slice) else None
-        k, v = own[..., :end, :]
+        k, v = own[..., :self.slots.stop, :]
         q_all = q.reshape(B, kv_heads, -1, d)
         to_prompt = (q_all @ prompt_k.transpose(2, 3)).view(B, kv_heads, G, -1, P)
         weights = torch.cat([to_prompt, q_all.view(q.shape) @ k.transpose(3, 4)], -1)

@@ -5,8 +5,6 @@ knows its architecture. A group's prompt is read once: in sampling, in scoring a
 Left out: several turns.
 Run: python sample.py
 """
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -16,11 +14,6 @@ from utils.run import step_generator
 from utils.text import completions
 
 PART = 16  # tokens between two looks at whether all answers have ended: on a GPU a look has to be waited for
-
-
-def next_token(model, token, cache, *how):
-    """Reads tokens (N, 1) behind what the cache holds and draws those that follow: as `draw`."""
-    return draw(model, model.hidden(token, cache=cache)[:, -1], *how)
 
 
 def ended(tokens, stop):
@@ -38,12 +31,10 @@ class Decoding:
     """N = B·G answers of up to T tokens to prompts (B, P) while they grow: tokens and logp (N, T)."""
     kind = GroupCache  # of its cache; graph.py has another
 
-    def __init__(self, model, prompt, pad, group_size, uniforms, how, fast=None):
+    def __init__(self, model, prompt, pad, group_size, uniforms, how):
         self.model, self.prompt, self.pad, self.group_size = model, prompt, pad, group_size
-        self.uniforms, self.how, self.step = uniforms, how, fast or functools.partial(next_token, model)
+        self.uniforms, self.how = uniforms, how
         self.tokens, self.logp = torch.zeros_like(uniforms, dtype=torch.long), torch.zeros_like(uniforms)
-        end = prompt.shape[1] + uniforms.shape[1]
-        self.positions = torch.arange(end, device=prompt.device) if fast else range(end)
 
     def begin(self):
         """Reads each prompt once, and draws the first token of its answers."""
@@ -54,8 +45,9 @@ class Decoding:
 
     def follow(self, t):
         """Reads token t - 1, and draws the next one."""
-        self.cache.start = self.positions[self.prompt.shape[1] + t - 1]
-        return self.step(self.tokens[:, t - 1:t], self.cache, self.uniforms[:, t], *self.how)
+        self.cache.start = self.prompt.shape[1] + t - 1
+        hidden = self.model.hidden(self.tokens[:, t - 1:t], cache=self.cache)[:, -1]
+        return draw(self.model, hidden, self.uniforms[:, t], *self.how)
 
     def extend(self, first, last):
         """Draws tokens `first` to `last` - 1 of every answer."""
@@ -65,14 +57,14 @@ class Decoding:
 
 @torch.no_grad()
 def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top_p=1.0, stop=(),
-             generator=None, uniforms=None, pad=None, fast_next_token=None, graphs=None):
+             generator=None, uniforms=None, pad=None, graphs=None):
     """G answers to each of B prompts: (B, P) -> tokens (B·G, P + T), logp and mask (B·G, T); T = max_new.
 
     stop: token sequences that end an answer. They are part of it (mask is True), what follows is not.
     A token is drawn by inverse CDF: the first one whose cumulative probability exceeds a number of uniforms
     (B·G, T), which come from `generator` unless given. pad (B,): padding on the left of each prompt.
     logp is that of the distribution sampled from: temperature, then top_k, then top_p.
-    fast_next_token: `next_token`, compiled. graphs: graph.py's, which replay the loop on a GPU.
+    graphs: graph.py's, which replay the loop on a GPU.
     ValueError where prompt and answer don't fit the context.
     """
     P, device, N = prompt.shape[1], prompt.device, prompt.shape[0] * group_size
@@ -82,7 +74,7 @@ def generate(model, prompt, max_new, group_size=1, temperature=1.0, top_k=0, top
     if uniforms is None:
         uniforms = torch.rand(N, max_new, generator=generator).to(device)
     how = temperature, top_k, top_p
-    decoding = Decoding(model, prompt, pad, group_size, uniforms, how, fast_next_token)
+    decoding = Decoding(model, prompt, pad, group_size, uniforms, how)
     decoding = graphs.recorded(decoding) if graphs and N else decoding
     # inference mode is the quickest, but autocast would cast each weight again at each token in it
     mode = torch.no_grad if graphs or torch.is_autocast_enabled(device.type) else torch.inference_mode

@@ -124,13 +124,14 @@ class Recording:
         self.parts[first]()
 
 
-def one_pass(function, model, tokens, pad, autocast, graphs):
+def one_pass(function, model, tokens, pad, autocast, graphs, group_size=1):
     """function(tokens (N, L), pad (N,) or None) of a model, in a precision; with graphs by a recording.
 
-    A recording fills the rows up on the right. So the function must not look ahead, and is always the same.
+    A recording fills the rows up on the right, and adds whole groups below. So the function must not look
+    ahead. A recording is found by model, shape and group_size: always pass the same function for these.
     """
     if graphs and not getattr(getattr(model, "trunk", model), "checkpointing", False):
-        return graphs.call(function, model, autocast, tokens, pad)
+        return graphs.call(function, model, autocast, tokens, pad, group_size)
     with autocast():
         return function(tokens, pad)
 
@@ -171,18 +172,20 @@ class Graphs:
         self.decodings[shape].refill(decoding)
         return self.decodings[shape]
 
-    def call(self, function, model, autocast, tokens, pad):
-        """As one_pass. Rows are filled up to 16, 32, … tokens, and their number to a power of two."""
+    def call(self, function, model, autocast, tokens, pad, group_size):
+        """As one_pass. Rows are filled up to 16, 32, … tokens, and the number of groups to a power of two."""
         (N, length), most = tokens.shape, model.config.block_size
         more = min(-length % 16, most - length)
-        rows = 1 << (N - 1).bit_length()
+        rows = group_size << (N // group_size - 1).bit_length()
         inputs = [F.pad(tokens, (0, more, 0, rows - N))]
         inputs += [] if pad is None else [F.pad(pad, (0, rows - N))]
-        key = id(model), inputs[0].shape, pad is None, torch.is_grad_enabled()
+        key = id(model), group_size, inputs[0].shape, pad is None, torch.is_grad_enabled()
         if key not in self.passes:
             module = Pass(function, model, autocast)
-            self.passes[key] = (self.with_backward(module, tuple(inputs)) if torch.is_grad_enabled() else
-                                record_call(module, inputs, self.pool))
+            if torch.is_grad_enabled():
+                self.passes[key] = self.with_backward(module, tuple(inputs))
+            else:
+                self.passes[key] = record_call(module, inputs, self.pool)
         return [x[:N, :x.shape[1] - more] for x in self.passes[key](*inputs)]
 
     def with_backward(self, module, inputs):

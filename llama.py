@@ -160,9 +160,9 @@ class Llama(nn.Module):
     def hidden(self, tokens, pad=None, cache=None):
         """tokens (N, T) -> last hidden states (N, T, C), as model.GPT.hidden has it."""
         T, device = tokens.shape[1], tokens.device
-        stop = T if cache is None else T + cache.start
-        if isinstance(stop, int) and stop > self.config.block_size:
-            raise ValueError(f"{stop} tokens don't fit the context of {self.config.block_size} (block_size)")
+        end = T if cache is None else T + cache.start
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens don't fit the context of {self.config.block_size} (block_size)")
         position, mask = places(T, pad, device) if cache is None else cache.places(T, device)
         angle = position[..., None] * frequencies(self.config, device)
         x = self.embed_tokens(tokens)

@@ -104,9 +104,9 @@ class GPT(nn.Module):
         ValueError where the tokens don't fit the context.
         """
         T, device = tokens.shape[1], tokens.device
-        stop = T if cache is None else T + cache.start
-        if isinstance(stop, int) and stop > self.config.block_size:
-            raise ValueError(f"{stop} tokens don't fit the context of {self.config.block_size} (block_size)")
+        end = T if cache is None else T + cache.start
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens don't fit the context of {self.config.block_size} (block_size)")
         position, mask = places(T, pad, device) if cache is None else cache.places(T, device)
         x = F.dropout(self.wte(tokens) + self.wpe(position), self.config.dropout, self.training)
         for block in self.h:

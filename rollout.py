@@ -8,7 +8,7 @@ import functools
 import torch
 
 from answers import Answers
-from generate import generate, next_token, score
+from generate import generate, score
 from graph import Graphs, one_pass
 from grpo import masked_mean
 from policy import sampling
@@ -16,7 +16,6 @@ from reward import gold_score, load_questions, load_scorer, quality
 from samples import Samples
 from techniques import cut_off
 from utils import ranks
-from utils.device import compiled
 from utils.log import SHARED
 from utils.rewards import distinct
 from utils.run import step_generator
@@ -41,35 +40,41 @@ class Environment:
         share_prompt = getattr(args, "share_prompt", "no")  # PPO's answers stand alone
         self.share_prompt = share_prompt == "yes" or share_prompt == "auto" and 2 * self.P >= self.T
         self.samples = Samples(args)
-        self.fast = functools.cache(  # a function of a model, compiled once
-            lambda function, model: compiled(lambda *args: function(model, *args), self.device))
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
         self.cut = 0.0  # share of the last step's answers that --max_new cut
         self.sampling, self.exact, dtype = sampling(policy, args.sample_dtype, run)
         self.graphs = Graphs(policy, dtype) if self.device.type == "cuda" else None
 
+        @functools.cache
+        def scorer(model):
+            """generate.score of a model, compiled once if asked; `dynamic`: for rows of any length."""
+            score_of = functools.partial(score, model)
+            return torch.compile(score_of, dynamic=True) if args.compile else score_of
+        self.scorer = scorer
+
     # ---- answers, and what they earn ----
-    def sample(self, policy, prompts, group_size, uniforms, fast_next_token=None):
-        """Answers: tokens (N, P + T), logp and mask (N, T), texts. Autocast casts each weight once."""
+    def sample(self, policy, prompts, group_size, uniforms):
+        """Answers: tokens (N, P + T), logp and mask (N, T), texts."""
         pad = None if prompts.pad is None else prompts.pad.to(self.device)
-        policy = self.graphs.refreshed() if self.graphs else policy
+        policy = self.graphs.refreshed() if self.graphs else policy  # the same weights
         with self.sampling():
             tokens, logp, mask = generate(
                 policy, prompts.tokens.to(self.device), self.T, group_size, self.args.temperature, pad=pad,
-                stop=self.tokenizer.stops, uniforms=uniforms.to(self.device), fast_next_token=fast_next_token,
-                graphs=self.graphs)
+                stop=self.tokenizer.stops, uniforms=uniforms.to(self.device), graphs=self.graphs)
         return tokens, logp, mask, completions(tokens[:, self.P:], mask, self.tokenizer)
 
     def rollout(self, policy, generator, rows=slice(None)):
-        """G answers to each of this process's prompts, or to `rows` of them. All draw the same numbers."""
+        """G answers to each of this process's prompts, or to `rows` of them.
+
+        Every process draws the random numbers of all prompts, and takes those of its own.
+        """
         B, G = self.args.prompts_per_step, self.args.group_size
         index = self.train.draw(B, generator)[self.share][rows]
         uniforms = torch.rand(B, G, self.T, generator=generator)[self.share][rows].flatten(0, 1)
-        fast = self.fast(next_token, policy) if self.args.compile and not self.graphs else None
         prompts, repeated = (self.train.pick(index, n) for n in (1, G))
-        tokens, logp, mask, texts = self.sample(policy, prompts, G, uniforms, fast)
-        longest = self.T if fast else max(ranks.gather([int(mask.any(0).sum())]))
-        self.drawn += torch.tensor([mask.numel() // self.T, int(mask.sum())])
+        tokens, logp, mask, texts = self.sample(policy, prompts, G, uniforms)
+        longest = max(ranks.gather([int(mask.any(0).sum())]))  # what no process's answer reaches is cut off
+        self.drawn += torch.tensor([len(mask), int(mask.sum())])
         tokens, logp, mask = (x.unflatten(0, (-1, G)) for x in (tokens, logp, mask))
         pad = None if repeated.pad is None else repeated.pad.view(-1, G).to(self.device)
         return Answers(tokens[..., :self.P + longest], logp[..., :longest], mask[..., :longest], pad,
@@ -87,10 +92,13 @@ class Environment:
             scored = [self.score(model, answers, part) for part in answers.parts(self.args)]
             return [torch.cat(x) for x in zip(*scored)]
         tokens = answers.tokens[rows]
-        how = tokens.shape[1] if self.share_prompt else 1, self.args.entropy_coef > 0
-        by = self.fast(score, model) if self.args.compile else functools.partial(score, model)
-        both = one_pass(lambda tokens, pad: by(tokens, self.P, self.args.temperature, pad, *how), model,
-                        tokens.flatten(0, 1), answers.padding(rows), self.run.autocast, self.graphs)
+        read_together = tokens.shape[1] if self.share_prompt else 1  # answers whose prompt is read once
+        entropy_grad = self.args.entropy_coef > 0
+
+        def scored(tokens, pad):
+            return self.scorer(model)(tokens, self.P, self.args.temperature, pad, read_together, entropy_grad)
+        both = one_pass(scored, model, tokens.flatten(0, 1), answers.padding(rows), self.run.autocast,
+                        self.graphs, read_together)
         return [x.unflatten(0, tokens.shape[:2]) for x in both]
 
     def value(self, critic, answers, rows=None):

@@ -41,7 +41,7 @@ class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are
     log: str = "logs/ppo.csv"  # the run's numbers
     out: str = "out/ppo"  # the folder of the run's weights
     # ---- speed and memory: nothing here changes what is learnt ----
-    compile: bool = False  # decode and update; takes a minute first
+    compile: bool = False  # scoring and update; takes a minute first
     sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: --dtype for Llama, else fp32
 
 

@@ -11,6 +11,7 @@ Run: python benchmarks/roofline.py (a minute, on a machine with nothing else to 
 """
 import copy
 import csv
+import functools
 import io
 import os
 import sys
@@ -27,11 +28,11 @@ import utils  # noqa: E402, F401  (before torch: it sets how OpenMP's threads wa
 import torch  # noqa: E402
 
 from floor import bytes_moved, floors, flops, measure_machine, shared_by_itself, timed  # noqa: E402
-from generate import generate, next_token, score  # noqa: E402
+from generate import generate, score  # noqa: E402
 from grpo import OBJECTIVES, grpo_loss  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from utils.cli import at_least, atomic_write, die, parse  # noqa: E402
-from utils.device import compiled, pick_autocast, pick_device, write_run_record  # noqa: E402
+from utils.device import pick_autocast, pick_device, write_run_record  # noqa: E402
 
 COLUMNS = ["mode", "dtype", "phase", "gflop", "gflop_done", "mb", "seconds", "floor_seconds", "bound",
            "times_floor", "share_of_rate"]
@@ -52,7 +53,7 @@ class Args:
     warmup: int = 3  # rounds before them that don't count
     large: int = 2048  # rows and columns of the matmul that is the roof
     copy_mb: tuple[int, int] = (1, 256)  # copied in the cache, and out of it
-    compile: bool = False  # measure the compiled phases too
+    compile: bool = False  # measure reference and update compiled, too
     device: str = "auto"
     threads: int = 2
     seed: int = 0
@@ -66,10 +67,9 @@ def work(config, B, G, P, T, shared, device, dtype, fast=False):
     policy = GPT(config).to(device).eval()
     ref = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-    step = compiled(lambda *read: next_token(policy, *read), device) if fast else None
-    score_policy, score_ref = (lambda *read, model=model: score(model, *read) for model in (policy, ref))
+    score_policy, score_ref = (functools.partial(score, model) for model in (policy, ref))
     if fast:
-        score_policy, score_ref = compiled(score_policy, device), compiled(score_ref, device)
+        score_policy, score_ref = (torch.compile(by, dynamic=True) for by in (score_policy, score_ref))
     tokens = torch.randint(config.vocab_size, (B * G, P + T), device=device)
     tokens[:, :P] = tokens[::G, :P].repeat_interleave(G, 0)
     uniforms, mask = torch.rand(B * G, T, device=device), torch.ones(B, G, T, dtype=torch.bool, device=device)
@@ -77,7 +77,7 @@ def work(config, B, G, P, T, shared, device, dtype, fast=False):
     logp_ref = []
 
     def rollout(length):
-        generate(policy, tokens[::G, :P], length, G, uniforms=uniforms[:, :length], fast_next_token=step)
+        generate(policy, tokens[::G, :P], length, G, uniforms=uniforms[:, :length])
 
     def reference():
         with torch.no_grad(), autocast():

@@ -79,11 +79,6 @@ def pick_autocast(device, dtype="auto"):
     return lambda: torch.autocast(device.type, torch.bfloat16), dtype
 
 
-def compiled(function, device):
-    """torch.compile with static shapes. It costs a minute or more at the first step."""
-    return torch.compile(function, dynamic=False)
-
-
 def check_compiler(device):
     """Compiles a line before anything is written, or says what is missing."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
