@@ -15,20 +15,20 @@ from utils.text import Prompts, completions
 
 @dataclass
 class Answers:
-    """G answers to each of b prompts, as the policy sampled them. A stop, such as a blank line, ends one."""
+    """G answers to each of b prompts, as sampled. A stop, as a blank line, ends one. T: the longest's."""
     tokens: torch.Tensor        # (b, G, P + T)
     logp: torch.Tensor          # (b, G, T) under the policy that sampled
     mask: torch.Tensor          # (b, G, T): True to the stop's last token, which is scored like any other
     pad: torch.Tensor | None    # (b, G): how many tokens on the left of each prompt are padding
     prompts: Prompts            # b·G rows, an answer's prompt each
     texts: list[str]            # b·G
-    share: slice                # where these b stand among the B rows of all processes
+    share: slice                # the rows of B that this process holds
     total: int                  # B
     useful: torch.Tensor | None = None  # (B,): the groups that need an update pass; None: all
 
     @classmethod
     def of_ids(cls, ids, prompts, env):
-        """Lists of token ids, G for each of b prompts, as another engine sampled them; no logp."""
+        """Lists of token ids, G for each of b prompts, as TRL sampled them; no logp."""
         mask = torch.arange(env.T) < torch.tensor([[len(answer)] for answer in ids])  # (b·G, T)
         tokens = torch.zeros(mask.shape, dtype=torch.long)
         tokens[mask] = torch.tensor([token for answer in ids for token in answer])
@@ -60,7 +60,8 @@ class Answers:
 
         def joined(old, new):
             width = max(old.shape[-1], new.shape[-1])  # that of the longest answer
-            return torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in (old, new)])[order.to(old.device)]
+            old, new = (F.pad(x, (0, width - x.shape[-1])) for x in (old, new))
+            return old.index_put((rows.to(old.device),), new)
 
         new = vars(fresh)
         tensors = {name: joined(x, new[name]) for name, x in vars(self).items() if torch.is_tensor(x)}

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q·kᵀ/√d)·v of q (N, heads, T, d), k and v (N, kv heads, S, d) -> (N, heads, T, d).
 
-    mask (N or 1, 1, T, S) is True where a key is seen. None: causal. With fewer kv heads than heads, each
-    serves as many queries side by side (grouped-query attention, arXiv:2305.13245).
+    mask (N or 1, 1, T, S) is True where a key is seen. None: causal. Each kv head serves heads / kv heads
+    query heads that stand side by side (grouped-query attention, arXiv:2305.13245).
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return plain_attention(q, k, v, mask, dropout)
@@ -86,11 +86,11 @@ class GroupCache:
                 self.own[layer] = k.new_zeros(2, B, heads, group_size, size, d)
 
     def places(self, T, device):
-        pad, end = self.prompt.pad, self.start + T
+        pad, first = self.prompt.pad, self.start - self.prompt.length
         position = self.start + torch.arange(T, device=device)
-        self.slots = slice(self.start - self.prompt.length, end - self.prompt.length)  # of this pass, in `own`
+        self.slots = slice(first, first + T)  # of this pass, in `own`
         alone = pad is None and self.size and T == 1  # one new token sees all that is there
-        mask = None if alone else causal_mask(position, end, pad)
+        mask = None if alone else causal_mask(position, self.start + T, pad)
         if pad is not None:
             position = (position - pad[:, None]).clamp(min=0).repeat_interleave(self.group_size, 0)
         return position, mask

@@ -82,7 +82,7 @@ class Args:
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
     overwrite: bool = False  # begin anew in a finished run's place
-    # ---- speed and memory: nothing here changes what is learnt ----
+    # ---- speed and memory: the algorithm stays the same ----
     num_workers: Annotated[int, AtLeast(0)] = 4  # processes that read image files
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # of the tower's matrix products; all else stays fp32

@@ -20,9 +20,9 @@ def ended(tokens, stop):
     """Where one of the stop sequences ends in answers (N, T): bool (N, T)."""
     result = torch.zeros_like(tokens, dtype=torch.bool)
     for sequence in stop:
-        places = tokens.shape[1] - len(sequence) + 1  # at which it can begin
-        if places > 0:
-            same = [tokens[:, i:i + places] == token for i, token in enumerate(sequence)]
+        n_starts = tokens.shape[1] - len(sequence) + 1  # places at which it can begin
+        if n_starts > 0:
+            same = [tokens[:, i:i + n_starts] == token for i, token in enumerate(sequence)]
             result[:, len(sequence) - 1:] |= torch.stack(same).all(0)
     return result
 
@@ -113,7 +113,7 @@ def score(model, tokens, prompt_len, temperature=1.0, pad=None, group_size=1, en
         return logp.view(every.shape[:2]), -(every.exp() * every).sum(-1)
     with torch.no_grad():
         chosen = logits.gather(2, tokens[:, prompt_len:, None])[:, :, 0]
-        # -Σ p·log p = log Σ exp(logit) - Σ p·logit, and the chosen token knows the first term
+        # -Σ p·log p = log Σ exp(logit) - Σ p·logit; the first term is chosen - logp
         entropy = chosen - logp.view_as(chosen) - logits.softmax(-1).mul_(logits).sum(-1)
     return logp.view_as(entropy), entropy
 
@@ -123,7 +123,7 @@ def sample_texts(model, tokenizer, prompts, max_new, temperature=1.0, seed=0, to
     """G answers to each prompt, in float32 -> (tokens, logp, mask, texts)."""
     device = next(model.parameters()).device
     pad = None if prompts.pad is None else prompts.pad.to(device)
-    generator = step_generator(seed, -1 % 1_000_003)  # just before the next seed's: no step of a run
+    generator = step_generator(seed, 1_000_002)  # a step that no run reaches
     tokens, logp, mask = generate(model, prompts.tokens.to(device), max_new, group_size, temperature, top_k,
                                   stop=tokenizer.stops, generator=generator, pad=pad)
     return tokens, logp, mask, completions(tokens[:, prompts.tokens.shape[1]:], mask, tokenizer)

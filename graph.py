@@ -1,4 +1,4 @@
-"""CUDA graphs: what Python would launch kernel by kernel is recorded once, and launched at once ever after.
+"""CUDA graphs: what Python would launch kernel by kernel is recorded once, and then launched in one go.
 
 A recording replays the same kernels on the same memory. So each shape has its own, what changes is copied in
 before, and what comes out is copied out. The recorded functions are those of the other files: sampling in
@@ -28,7 +28,7 @@ class AnswerCache:
         size += -(prompt.length + size) % 8  # the kernel reads masks of 8, 16, 24, … keys
         self.pairs = {layer: [F.pad(x.repeat_interleave(group_size, 0), (0, 0, 0, size)) for x in pair]
                       for layer, pair in prompt.pairs.items()}
-        (self.some, _), *_ = self.pairs.values()
+        self.dtype = next(iter(self.pairs.values()))[0].dtype
 
     def places(self, T, device):
         position, self.stop = torch.full((1,), self.start, device=device), self.start + 1
@@ -36,7 +36,7 @@ class AnswerCache:
             return position, None
         self.stop += -self.stop % 8
         seen = causal_mask(position, self.stop, self.pad)  # (N, 1, 1, stop)
-        hide = torch.zeros_like(seen, dtype=self.some.dtype).masked_fill(~seen, -torch.inf)
+        hide = torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, -torch.inf)
         return position - self.pad[:, None], hide
 
     def attend(self, layer, q, k, v, mask):
@@ -63,7 +63,7 @@ def made_or_eager(make, function):
 
 
 def record(function, device, pool=None):
-    """-> what does again what function() does, without Python."""
+    """-> a function that repeats the kernels of function(), without its Python."""
     if device.type != "cuda":
         return function
     stream = torch.cuda.Stream()
@@ -83,7 +83,7 @@ def record(function, device, pool=None):
 
 
 def record_call(function, inputs, pool=None):
-    """-> what does again what function(*inputs) does, without a backward pass, on inputs of these shapes."""
+    """-> a function that repeats function(*inputs), without a backward pass, on inputs of these shapes."""
     kept, outputs = [x.clone() for x in inputs], []
 
     def call():
@@ -173,7 +173,7 @@ class Graphs:
         return self.decodings[shape]
 
     def call(self, function, model, autocast, tokens, pad, group_size):
-        """As one_pass. Rows are filled up to 16, 32, … tokens, and the number of groups to a power of two."""
+        """As one_pass. Rows are filled up to 16, 32, … tokens, and groups to a power of two."""
         (N, length), most = tokens.shape, model.config.block_size
         more = min(-length % 16, most - length)
         rows = group_size << (N // group_size - 1).bit_length()
@@ -189,7 +189,7 @@ class Graphs:
         return [x[:N, :x.shape[1] - more] for x in self.passes[key](*inputs)]
 
     def with_backward(self, module, inputs):
-        """-> what does again what module(*inputs) and its backward pass do."""
+        """-> a function that repeats module(*inputs) and its backward pass."""
         if not inputs[0].is_cuda:
             return module
         warn = "set_warn_on_accumulate_grad_stream_mismatch"  # the recording's stream is another, rightly

@@ -19,7 +19,7 @@ def plain_grpo(reward, logp, logp_old, logp_ref, mask, eps=0.2, beta=0.04):
     adv = adv[:, :, None]  # (B, G, 1): all tokens of an answer share it
     ratio = torch.exp(logp - logp_old)  # (B, G, T)
     surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)
-    kl = torch.exp(logp_ref - logp) - (logp_ref - logp) - 1  # k3: its gradient follows KL(π_ref‖π)
+    kl = torch.exp(logp_ref - logp) - (logp_ref - logp) - 1  # k3: its gradient follows KL(π₀‖π)
     per_token = -(surrogate - beta * kl) * mask
     return (per_token.sum(2) / mask.sum(2)).mean()
 
@@ -50,7 +50,7 @@ class Objective:
     reduce: str = "answer"      # answer, token, length, sum: how tokens become one number
     eps_low: float = 0.2
     eps_high: float = 0.2       # for cispo the cap itself
-    delta: float | None = None  # caps the unclipped ratio from above (two-sided clip)
+    delta: float | None = None  # caps the unclipped ratio from above (two-sided clip); above 1 + eps_high
     beta: float = 0.0
     kl: str = "k3"              # k1, k2, k3
     kl_ratio: bool = False      # multiply the KL term by the differentiable ratio
@@ -89,10 +89,13 @@ def group_advantage(reward, baseline="mean", scale="group", eps=1e-4):
     expect(G > 1 or baseline == scale == "none", f"group of {G=}: {baseline=}, {scale=} need 2", ValueError)
     expect(scale != "mean" or not (reward < 0).any(), f"{scale=} wants rewards of at least 0", ValueError)
     reward = promote(reward.detach())
-    shifted = reward - (reward[0, 0] if baseline == "batch" else reward[:, :1])  # equal rewards: exactly 0
-    mean = shifted.mean() if baseline == "batch" else shifted.mean(1, keepdim=True)
-    adv = reward if baseline == "none" else shifted - mean
-    adv = adv * (G / (G - 1)) if baseline == "loo" else adv  # = R - mean of the other G - 1
+    whole_batch = baseline == "batch"
+    shifted = reward - (reward[0, 0] if whole_batch else reward[:, :1])  # so equal rewards leave no rounding
+    adv = reward
+    if baseline != "none":
+        adv = shifted - (shifted.mean() if whole_batch else shifted.mean(1, keepdim=True))
+    if baseline == "loo":
+        adv = adv * (G / (G - 1))  # = R - mean of the other G - 1
     if scale == "group":
         adv = adv / (shifted.std(1, keepdim=True) + eps)
     elif scale == "batch":
@@ -103,12 +106,11 @@ def group_advantage(reward, baseline="mean", scale="group", eps=1e-4):
 
 
 def kl_penalty(logp, logp_ref, estimator="k3"):
-    """Schulman's estimators of KL(π‖π_ref) at actions drawn from π (joschu.net/blog/kl-approx.html).
+    """Schulman's estimators of KL(π‖π₀) at actions drawn from π (joschu.net/blog/kl-approx.html).
 
     d = logp_ref - logp: k1 = -d, k2 = d²/2, k3 = eᵈ - d - 1; (..., T) -> (..., T). As a *loss* on on-policy
-    samples they differ in gradient. That of k1 is zero in expectation: it ignores the reference. That of k2
-    is KL(π‖π_ref)'s, that of k3 is KL(π_ref‖π)'s, and that of ratio·k3 is KL(π‖π_ref)'s again. Under the
-    reduction "answer" this holds only for equal lengths.
+    samples they differ in their mean gradient. k1 has none: it ignores π₀. k2 and ratio·k3 have that of
+    KL(π‖π₀), and k3 has that of KL(π₀‖π). Under the reduction "answer" this holds only for equal lengths.
     """
     check(kl=estimator)
     d = logp_ref - logp
@@ -116,7 +118,7 @@ def kl_penalty(logp, logp_ref, estimator="k3"):
 
 
 def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_tokens=None, n_answers=None):
-    """The loss to minimise and its stats: surrogate(r, A) + β·KL a token, reduced; r = exp(logp - logp_old).
+    """The loss to minimise and its stats: β·KL - surrogate(r, A) a token, reduced; r = exp(logp - logp_old).
 
     logp, logp_old, logp_ref, mask (B, G, T), adv (B, G) or, one a token, (B, G, T) -> scalar, dict of masked
     means (ratio_max: maximum). With β = 0 logp_ref may be NaN, and so is the stat kl.
@@ -135,24 +137,25 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_to
     ratio = torch.exp(logp - logp_old)  # (B, G, T)
     if o.ratio == "sequence":
         ratio = torch.exp((logp - logp_old).sum(2, keepdim=True) / length).expand_as(logp)
-    clipped = torch.zeros_like(mask)  # where the clip or the cap takes the gradient away
+    clipped = torch.zeros_like(mask)  # where the clip takes the gradient away, or cispo's cap acts
     if o.ratio == "none":
         pg = -adv * logp
     elif o.surrogate == "clip":
-        low, high, delta = 1 - o.eps_low, 1 + o.eps_high, float("inf") if o.delta is None else o.delta
+        low, high = 1 - o.eps_low, 1 + o.eps_high
+        delta = float("inf") if o.delta is None else o.delta
         pg = -torch.minimum(ratio.clamp(max=delta) * adv, ratio.clamp(low, high) * adv)
-        clipped = ((ratio < low) | (ratio > delta)) & (adv < 0) | (ratio > high) & (adv > 0)
+        clipped = (((ratio < low) | (ratio > delta)) & (adv < 0)) | ((ratio > high) & (adv > 0))
     elif o.surrogate == "cispo":
         pg = -ratio.clamp(max=o.eps_high).detach() * adv * logp
         clipped = ratio > o.eps_high
-    else:
+    else:  # sapo
         tau = torch.full_like(adv, o.tau_neg).masked_fill(adv > 0, o.tau_pos)
         pg = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * adv
-    kl = o.beta * kl_penalty(logp, logp_ref, o.kl) if o.beta else 0.0  # at each token, given those before
+    kl = o.beta * kl_penalty(logp, logp_ref, o.kl) if o.beta else 0.0  # at each token
     loss = (pg + (ratio * kl if o.kl_ratio else kl)).masked_fill(~mask, 0.0)
     tokens = mask.sum().clamp(min=1)
     n_tokens = tokens if n_tokens is None else n_tokens
-    n_answers = mask[:, :, 0].numel() if n_answers is None else n_answers
+    n_answers = mask.shape[0] * mask.shape[1] if n_answers is None else n_answers
     max_len = mask.shape[2] if max_len is None else max_len
     # "answer" has divided by each length, "length" divides by the constant max_len
     denominator = {"answer": n_answers, "token": n_tokens, "length": n_answers * max_len, "sum": n_answers}
@@ -167,7 +170,7 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, objective, max_len=None, n_to
 def masked_mean(x, mask):
     """Mean over real tokens, a scalar; 0 where there is none. What is masked may be NaN."""
     mask = mask.bool()
-    return torch.where(mask, x, torch.zeros_like(x)).sum() / mask.sum().clamp(min=1)
+    return x.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def promote(x):  # float64 stays, all else becomes float32: bfloat16 can't hold a ratio of 1.001

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
 from attention import attention, places
 from utils import hf
@@ -169,7 +169,7 @@ class Llama(nn.Module):
         cos, sin = (part.unsqueeze(-3).to(x.dtype) for part in (angle.cos(), angle.sin()))  # (…, 1, T, d/2)
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, x, cos, sin, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache)
         return self.norm(x)

@@ -64,8 +64,7 @@ def main(args):
             print(f"  {when} {' '.join(answer.split())}")
     print(f"\nright answers: {right.float().mean():.1%} before, {now_right.float().mean():.1%} after, of "
           f"{len(right)} held-out questions; {time.perf_counter() - began:.0f} s")
-    panels = ["eval_acc", "mean_r", "length", "entropy"]
-    print(f"figure: {plot_panels(['logs/llm.csv'], panels, 'logs/llm.png')}")
+    print(f"figure: {plot_panels(['logs/llm.csv'], 'eval_acc,mean_r,length,entropy', 'logs/llm.png')}")
     run_stage(["python", os.path.relpath(Path(__file__).with_name("report.py")), "logs/llm.csv"])
     print("next: python train_grpo.py --policy smollm2 --task countdown --max_new 32 --log logs/next.csv "
           "--out out/next")

@@ -40,7 +40,7 @@ class Policy(nn.Module):
         self.head = nn.Linear(width, V)
 
     def forward(self, tokens):  # (..., length) -> logits (..., length, V) of the token after each
-        x = self.token(tokens) + self.position.weight[:tokens.shape[-1]]
+        x = self.token(tokens) + self.position.weight[:tokens.shape[-1]]  # (..., length, width)
         causal = nn.Transformer.generate_square_subsequent_mask(tokens.shape[-1])
         return self.head(self.blocks(x.flatten(0, -3), causal, is_causal=True)).view(*tokens.shape, V)
 
@@ -55,7 +55,7 @@ def sample(policy, tokens, greedy=False):
 
 
 def log_prob(policy, tokens):
-    logp = policy(tokens[..., :-1]).log_softmax(dim=-1)[..., P - 1:, :]  # (..., T, V)
+    logp = policy(tokens[..., :-1]).log_softmax(dim=-1)[..., P - 1:, :]  # (..., T, V): t predicts t + 1
     return logp.gather(-1, tokens[..., P:, None])[..., 0]  # (..., T), of the answer's own tokens
 
 
@@ -89,7 +89,7 @@ def grpo_loss(logp, logp_old, logp_ref, adv):
 
 def grpo(policy, examples, fresh, steps=STEPS):
     reference = copy.deepcopy(policy).requires_grad_(False)
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(policy.parameters(), LR, betas=(0.9, 0.95))
     for step in range(1, steps + 1):
         # 1. Prompts, and G samples for each.
         prompts = examples[torch.randint(len(examples), (B, 1)), :P].expand(B, G, P)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
 from attention import attention, places
 from utils.hf import load_gpt2, save_gpt2
@@ -87,7 +87,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        # GPT-2's std is 0.02 at any width. That is what this gives for 768, but too little for a narrow model
+        # GPT-2's std is 0.02 at any width, which is too little for a narrow model. For 768 this gives 0.02
         std = 0.55 / math.sqrt(config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:  # as in GPT-2, what is added to the residual stream shrinks with depth
@@ -111,7 +111,7 @@ class GPT(nn.Module):
         x = F.dropout(self.wte(tokens) + self.wpe(position), self.config.dropout, self.training)
         for block in self.h:
             if self.checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, x, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, mask, cache, use_reentrant=False)
             else:
                 x = block(x, mask, cache)
         return self.ln_f(x)

@@ -8,11 +8,12 @@ Run: python train_ppo.py
 import torch
 import torch.nn as nn
 
-from grpo import expect, kl_penalty, masked_mean, promote
+from grpo import expect, masked_mean, promote
 
 VALUE_COLUMNS = ["explained_variance", "value_loss", "value_clip_frac"]
 
-def check(**tensors):
+
+def expect_alike(**tensors):
     """Raises unless all are (N, T) of one shape and none but the first carries a gradient."""
     (first, x0), *rest = tensors.items()
     want = tuple(x0.shape)
@@ -40,11 +41,11 @@ def token_reward(reward, logp, logp_ref, mask, beta):
 def gae(reward, value, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation: Â_t = Σ_k (γλ)ᵏ δ_{t+k} (arXiv:1506.02438, eq. 16).
 
-    δ_t = r_t + γ V_{t+1} - V_t, to the answer's last token; V is 0 after it.
+    δ_t = reward_t + γ·V_{t+1} - V_t, to the answer's last token; V is 0 after it.
     reward, value, mask (N, T) -> adv, returns = adv + value, both (N, T) and 0 at masked positions.
     value[:, t] is read where action t is predicted. A row of mask is ones from the left, then zeros.
     """
-    check(reward=reward, value=value, mask=mask)
+    expect_alike(reward=reward, value=value, mask=mask)
     mask = mask.bool()
     zero = torch.zeros_like(value)
     reward, value = torch.where(mask, reward, zero), torch.where(mask, value, zero)
@@ -62,7 +63,7 @@ def ppo_policy_loss(logp, logp_old, adv, mask, eps=0.2):
 
     logp, logp_old, adv, mask (N, T) -> scalar, dict; clip_frac: tokens that the clip leaves no gradient.
     """
-    check(logp=logp, logp_old=logp_old, adv=adv, mask=mask)
+    expect_alike(logp=logp, logp_old=logp_old, adv=adv, mask=mask)
     log_ratio = torch.where(mask.bool(), promote(logp) - promote(logp_old), torch.zeros_like(adv))
     ratio = torch.exp(log_ratio)
     loss = masked_mean(-torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv), mask)
@@ -72,12 +73,12 @@ def ppo_policy_loss(logp, logp_old, adv, mask, eps=0.2):
 
 
 def value_loss(value, value_old, returns, mask, clip=0.2):
-    """½ mean over real tokens of max((V - R)², (V_old + clip(V - V_old, ±clip) - R)²).
+    """½ mean over real tokens of max((V - returns)², (V_old + clip(V - V_old, ±clip) - returns)²).
 
     V_old is the value at the rollout. The clip is from OpenAI's baselines; the paper has the plain square.
     value, value_old, returns, mask (N, T) -> scalar, dict.
     """
-    check(value=value, value_old=value_old, returns=returns, mask=mask)
+    expect_alike(value=value, value_old=value_old, returns=returns, mask=mask)
     value, value_old, returns = (promote(x).masked_fill(~mask.bool(), 0.0)
                                  for x in (value, value_old, returns))
     bounded = (value_old + (value - value_old).clamp(-clip, clip) - returns).square()
@@ -86,12 +87,6 @@ def value_loss(value, value_old, returns, mask, clip=0.2):
     clipped = (bounded > plain).float()
     return loss, {"value_loss": loss.detach(), "value_clip_frac": masked_mean(clipped, mask),
                   "explained_variance": explained_variance(value_old, returns, mask)}
-
-
-def token_stats(logp, logp_ref, entropy, mask):
-    """Masked means for the CSV: KL(π‖π₀) (k3), entropy, log π₀; all (N, T), without gradient."""
-    return {"kl": masked_mean(kl_penalty(logp.detach(), logp_ref), mask),
-            "entropy": masked_mean(entropy, mask), "ref_logp": masked_mean(logp_ref, mask)}
 
 
 def explained_variance(value, returns, mask):
@@ -104,7 +99,7 @@ def explained_variance(value, returns, mask):
 class ValueModel(nn.Module):
     """The critic: a trunk like the policy's and a scalar head. tokens (N, T) -> V (N, T), float32.
 
-    V[:, t] has read tokens[:, :t + 1].
+    V[:, t] has read tokens[:, :t + 1], so answer token t is predicted at V[:, P - 1 + t].
     """
 
     def __init__(self, config):

@@ -10,7 +10,7 @@ import torch
 from answers import Answers
 from generate import generate, score
 from graph import Graphs, one_pass
-from grpo import masked_mean
+from grpo import kl_penalty, masked_mean
 from policy import sampling
 from reward import gold_score, load_questions, load_scorer, quality
 from samples import Samples
@@ -26,19 +26,25 @@ COLUMNS = [*SHARED, "samples", "tokens", "seconds", "gold", "length", "frac_cut"
            "eval_pass8", "tokens_per_s", "peak_mem_mb"]
 
 
+def token_stats(logp, logp_ref, entropy, mask):
+    """Masked means for the CSV: KL(π‖π₀) (k3), entropy, log π₀; all (n, G, T), without gradient."""
+    return {"kl": masked_mean(kl_penalty(logp.detach(), logp_ref), mask),
+            "entropy": masked_mean(entropy, mask), "ref_logp": masked_mean(logp_ref, mask)}
+
+
 class Environment:
     """The prompts and the reward of a run. It samples a policy's answers and says what they earn."""
 
     def __init__(self, args, policy, tokenizer, run):
         self.args, self.tokenizer, self.run, self.device = args, tokenizer, run, run.device
-        self.share = ranks.share(args.prompts_per_step, "--prompts_per_step")  # this process's prompts
+        self.share = ranks.share(args.prompts_per_step, "--prompts_per_step")  # slice: this process's prompts
         self.train, self.held_out, self.task = load_questions(args, tokenizer, policy.config.block_size)
         run.record["eval_n"] = len(self.held_out.texts)
         self.P, self.T = self.train.tokens.shape[1], args.max_new
         self.reward_of = load_scorer(args.reward, args.reward_model, args.policy, tokenizer, self.device,
                                      self.task)
         share_prompt = getattr(args, "share_prompt", "no")  # PPO's answers stand alone
-        self.share_prompt = share_prompt == "yes" or share_prompt == "auto" and 2 * self.P >= self.T
+        self.share_prompt = share_prompt == "yes" or (share_prompt == "auto" and 2 * self.P >= self.T)
         self.samples = Samples(args)
         self.drawn = torch.zeros(2, dtype=torch.long)  # answers and tokens since the last measure
         self.cut = 0.0  # share of the last step's answers that --max_new cut
@@ -64,10 +70,7 @@ class Environment:
         return tokens, logp, mask, completions(tokens[:, self.P:], mask, self.tokenizer)
 
     def rollout(self, policy, generator, rows=slice(None)):
-        """G answers to each of this process's prompts, or to `rows` of them.
-
-        Every process draws the random numbers of all prompts, and takes those of its own.
-        """
+        """G answers to each of this process's prompts, or to `rows` of them. All draw the same numbers."""
         B, G = self.args.prompts_per_step, self.args.group_size
         index = self.train.draw(B, generator)[self.share][rows]
         uniforms = torch.rand(B, G, self.T, generator=generator)[self.share][rows].flatten(0, 1)

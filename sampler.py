@@ -32,6 +32,11 @@ def sampling_logp(logits, top_k=0, top_p=1.0):
     return logits.log_softmax(-1)
 
 
+def first_past(cdf, target):
+    """The first place of each row whose sum exceeds the target, (N, K), (N, 1) -> (N, 1); of NaN the last."""
+    return torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
+
+
 def inverse_cdf(logp, u):
     """First token whose cumulative probability exceeds u: logp (N, V), u (N,) in [0, 1) -> (N,).
 
@@ -44,14 +49,14 @@ def inverse_cdf(logp, u):
     V, u = logp.shape[1], u.double()[:, None]
     if V <= 4096:
         cdf = logp.double().exp().cumsum(-1)
-        return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0].clamp(max=V - 1)
+        return first_past(cdf, u * cdf[:, -1:])[:, 0]
     p = F.pad(logp.exp(), (0, -V % 256)).unflatten(1, (-1, 256))  # (N, blocks, 256)
     ends = p.sum(-1, dtype=torch.double).cumsum(-1)
-    u = u * ends[:, -1:]
-    block = torch.searchsorted(ends, u, right=True).clamp(max=ends.shape[1] - 1)  # (N, 1)
+    target = u * ends[:, -1:]
+    block = first_past(ends, target)  # (N, 1)
     cdf = p.gather(1, block[:, :, None].expand(-1, 1, 256))[:, 0].cumsum(-1, dtype=torch.double)
-    u = (u - (ends.gather(1, block) - cdf[:, -1:])).clamp(min=0)  # less what stands before the block
-    within = torch.searchsorted(cdf, u.minimum(cdf[:, -1:] * (1 - 2**-52)), right=True)
+    target = (target - (ends.gather(1, block) - cdf[:, -1:])).clamp(min=0)  # less the sum before the block
+    within = first_past(cdf, target.minimum(cdf[:, -1:] * (1 - 2**-52)))
     return (block * 256 + within)[:, 0].clamp(max=V - 1)
 
 

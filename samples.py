@@ -12,7 +12,6 @@ import torch
 
 import techniques
 from answers import Answers
-from generate import score
 from grpo import group_advantage
 from ppo import gae, token_reward, whiten
 from utils.cli import beside, writing
@@ -43,7 +42,7 @@ class Samples:
                               for x in (tokens, logp, mask))
         pad = None if repeated.pad is None else repeated.pad.view(K, G).to(env.device)
         answers = Answers(tokens, logp, mask, pad, repeated, texts, slice(0, K), K)
-        logp_old, logp_ref = (scored(model, answers, env)[0] for model in (trained["model"], ref))
+        logp_old, logp_ref = (env.score(model, answers)[0] for model in (trained["model"], ref))
         adv = advantage(args, answers, env, trained, reward, logp_old, logp_ref)
         self.step, self.answers = step, answers
         self.values = {"reward": reward, "advantage": adv, "logp_old": logp_old, "logp_ref": logp_ref}
@@ -54,7 +53,7 @@ class Samples:
         if self.step is None:
             return
         env, trained, _ = self.held
-        logp, entropy = scored(trained["model"], self.answers, env)
+        logp, entropy = env.score(trained["model"], self.answers)
         values = self.values | {"logp": logp, "entropy": entropy}
         append(self.path, self.step, updated, self.answers, env.tokenizer.decode, values)
         self.step = None
@@ -64,15 +63,6 @@ class Samples:
         if self.held:
             self.draw(step, *self.held)
             self.write(updated=False)
-
-
-def scored(model, answers, env):
-    """Log-probability and entropy under the model, (K, G, T) each, a group a pass."""
-    with env.run.autocast():
-        each = [score(model, tokens, env.P, env.args.temperature, None if answers.pad is None else
-                      answers.pad[k], len(tokens) if env.share_prompt else 1)
-                for k, tokens in enumerate(answers.tokens)]
-    return [torch.stack(x) for x in zip(*each)]
 
 
 def advantage(args, answers, env, trained, reward, logp_old, logp_ref):

@@ -60,7 +60,7 @@ class Args:
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
     overwrite: bool = False  # begin anew in a finished run's place
-    # ---- speed and memory: nothing here changes what is learnt ----
+    # ---- speed and memory: the algorithm stays the same ----
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products
 
@@ -109,8 +109,8 @@ def make_optimizers(model, args):
     """
     blocks = [p for p in model.h.parameters() if p.dim() == 2]
     with_muon = args.muon_lr > 0 and hasattr(torch.optim, "Muon")
-    rest = set(model.parameters()) - set(blocks if with_muon else [])
-    rest = [p for p in model.parameters() if p in rest]  # in order
+    moved = set(blocks if with_muon else [])
+    rest = [p for p in model.parameters() if p not in moved]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     groups = [group | {"peak_lr": args.lr} for group in groups]

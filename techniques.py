@@ -22,11 +22,11 @@ class Flags:
     """What train_grpo.py, train_ppo.py and train_trl.py have alike; each adds flags of its own."""
     # ---- around the loss: off by default ----
     lr_end: Annotated[float, AtLeast(0.0)] = 1.0  # share of lr to which the learning rate falls, linearly
-    overlong: Literal["keep", "mask", "penalty"] = "keep"  # answers cut by --max_new: no loss, or less reward
+    overlong: Literal["keep", "mask", "penalty"] = "keep"  # cut answers: no loss; long ones: less reward
     overlong_tokens: Annotated[int, AtLeast(1)] = 16  # over so many last tokens the penalty grows from 0 to 1
     entropy_coef: Annotated[float, AtLeast(0.0)] = 0.0  # weight of an entropy bonus
     top_entropy: Annotated[float, AtLeast(1e-9)] = 1.0  # share of tokens, of highest entropy, that teach
-    tis_cap: Annotated[float, AtLeast(0.0)] = 0.0  # of weights for a sampler of other precision; 0: none
+    tis_cap: Annotated[float, AtLeast(0.0)] = 0.0  # truncated importance sampling: greatest weight; 0: off
     sync_ref_every: Annotated[int, AtLeast(0)] = 0  # steps after which π₀ becomes the policy; 0: never
     # ---- the algorithm ----
     steps: Annotated[int, AtLeast(1)] = 60  # rollouts
@@ -50,7 +50,7 @@ class Flags:
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
     overwrite: bool = False  # begin anew in a finished run's place
-    # ---- speed and memory: nothing here changes what is learnt ----
+    # ---- speed and memory: the algorithm stays the same ----
     micro_batch: Annotated[int, AtLeast(0)] = 0  # prompts (PPO: answers) a backward pass; 0: all
     grad_checkpoint: bool = False  # less memory, one more forward pass
     save_every: Annotated[int, AtLeast(1)] = 20  # steps
@@ -66,7 +66,7 @@ def pick_objective(args, updates=1):
     name, G = args.objective, args.group_size
     objective = OBJECTIVES[name] if args.beta is None else replace(OBJECTIVES[name], beta=args.beta)
     if G < 2 and (objective.baseline, objective.scale) != ("none", "none"):
-        raise ValueError(f"--group_size {G}: {name} compares a prompt's answers, wanted at least 2")
+        raise ValueError(f"--group_size {G}: {name} compares answers, wanted at least 2")
     if objective.ratio == "none" and updates > 1:
         raise ValueError(f"--objective {name} has no ratio: {updates} updates a rollout would be off-policy, "
                          "wanted 1 epoch and 1 minibatch")
@@ -77,13 +77,15 @@ def pick_objective(args, updates=1):
     return replace(objective, beta=0.0), objective.beta
 
 
-def begin(step, env, trained, ref, optimizer):
+def before_step(step, env, trained, ref, optimizer):
     """Before a step: evaluates and samples if due, sets the learning rate, may move π₀, starts the clock.
 
     -> what held-out answers earn, every --eval_every steps, else {}.
     """
     args, policy, due = env.args, trained["model"], step % env.args.eval_every == 0
-    held_out = {} if not due else env.first if step == env.run.start else env.evaluate(policy)
+    held_out = {}
+    if due:
+        held_out = env.first if step == env.run.start else env.evaluate(policy)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group["lr"] = group["initial_lr"] * (1 - (1 - args.lr_end) * step / args.steps)
@@ -128,6 +130,7 @@ def less_penalty(reward, length, args):
     """The reward less the penalty of long answers, (B, G) -> (B, G); their lengths (B, G), in tokens.
 
     --overlong penalty, DAPO eq. 13: 0 up to max_new - overlong_tokens tokens, then in equal steps up to 1.
+    Ends the run where maxrl meets a reward below 0.
     """
     if args.overlong == "penalty":
         reward = reward - (1 + (length - args.max_new) / args.overlong_tokens).clamp(min=0)

@@ -1,6 +1,6 @@
-"""GRPO on text: π₀ answers each prompt G times, and the group's own mean is the baseline (arXiv:2402.03300).
+"""GRPO on text: G answers to each prompt, and the group's mean is the baseline (arXiv:2402.03300).
 
-`diff train_grpo.py train_ppo.py` is the lesson. PPO's advantage comes later: it needs the critic's values.
+`diff train_grpo.py train_ppo.py` is the lesson: the same banners in the same order.
 What surrounds the loss, each a flag that is off by default, is in techniques.py.
 Run: python train_grpo.py (several processes: torchrun --nproc_per_node=2 train_grpo.py)
 """
@@ -14,7 +14,7 @@ import techniques
 from answers import minibatches
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from policy import begin, defaults, load_policy
-from rollout import COLUMNS, Environment
+from rollout import COLUMNS, Environment, token_stats
 from utils import ranks
 from utils.cli import AtLeast, parse, program, refusing
 from utils.run import Run, step_generator
@@ -37,10 +37,10 @@ class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are
     samples: Annotated[int, AtLeast(0)] = 4  # held-out prompts whose answers report.py shows; 0: none
     log: str = "logs/grpo.csv"  # the run's numbers
     out: str = "out/grpo"  # the folder of the run's weights
-    # ---- speed and memory: nothing here changes what is learnt ----
+    # ---- speed and memory: the algorithm stays the same ----
     share_prompt: Literal["auto", "yes", "no"] = "auto"  # read a group's prompt once; auto: if it is long
     compile: bool = False  # scoring and update; takes a minute first
-    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: --dtype for Llama, else fp32
+    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: fp32 for a GPT on a CPU
 
 
 def main(args):
@@ -57,13 +57,13 @@ def main(args):
     policy.checkpointing = args.grad_checkpoint
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
     env = Environment(args, policy, tokenizer, run)
-    rescored = (updates > 1 or kl_weight) and not env.exact
+    rescored = (updates > 1 or kl_weight) and not env.exact  # exact: the sampler's logp is a scorer's, too
     trained = {"model": policy}
-    run.hold(about, "policy", **trained | saved, optimizer=optimizer)
+    run.hold(about, "policy", **(trained | saved), optimizer=optimizer)  # saved: LoRA's adapters, for one
     env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():
-        held_out = techniques.begin(step, env, trained, ref, optimizer)
+        held_out = techniques.before_step(step, env, trained, ref, optimizer)
 
         # ---- rollout: G answers to each of B prompts ----
         generator = step_generator(args.seed, step)
@@ -92,10 +92,11 @@ def main(args):
                     mask = mask_all[rows]
                     old = logp_old[rows] if updates > 1 else logp.detach()  # then the ratio is exactly 1
                     loss, stats = grpo_loss(logp, old, logp_ref[rows], adv[rows], mask, objective,
-                                            env.T, batch.n_tokens, batch.n_answers)
+                                            max_len=env.T, n_tokens=batch.n_tokens,
+                                            n_answers=batch.n_answers)
                     loss = loss - args.entropy_coef * entropy[mask].sum() / batch.n_tokens
                     loss.backward()
-                    stats |= {"entropy": entropy[mask].mean(), "ref_logp": logp_ref[rows][mask].mean()}
+                    stats |= token_stats(logp, logp_ref[rows], entropy, mask)
                     run.add(stats, mask.sum() / batch.n_scored / updates)
                     run.add({"loss": loss.detach()}, 1 / updates)
                 run.update(optimizer, *trained.values(), grad_clip=args.grad_clip, weight=1 / updates)

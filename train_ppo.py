@@ -1,6 +1,6 @@
 """PPO on text: a value network is the baseline, and the KL to π₀ is part of the reward (arXiv:1707.06347).
 
-`diff train_grpo.py train_ppo.py` is the lesson. PPO's advantage comes later: it needs the critic's values.
+`diff train_grpo.py train_ppo.py` is the lesson: the same banners in the same order.
 What surrounds the loss, each a flag that is off by default, is in techniques.py.
 Run: python train_ppo.py (several processes: torchrun --nproc_per_node=2 train_ppo.py)
 """
@@ -14,8 +14,8 @@ import techniques
 from answers import minibatches
 from policy import begin, defaults, load_policy
 from ppo import (VALUE_COLUMNS, ValueModel, explained_variance, gae, ppo_policy_loss, token_reward,
-                 token_stats, value_loss, whiten)
-from rollout import COLUMNS, Environment
+                 value_loss, whiten)
+from rollout import COLUMNS, Environment, token_stats
 from utils import ranks
 from utils.cli import AtLeast, parse, program
 from utils.run import Run, step_generator
@@ -40,9 +40,9 @@ class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are
     samples: Annotated[int, AtLeast(0)] = 4  # held-out prompts whose answers report.py shows; 0: none
     log: str = "logs/ppo.csv"  # the run's numbers
     out: str = "out/ppo"  # the folder of the run's weights
-    # ---- speed and memory: nothing here changes what is learnt ----
+    # ---- speed and memory: the algorithm stays the same ----
     compile: bool = False  # scoring and update; takes a minute first
-    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: --dtype for Llama, else fp32
+    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: fp32 for a GPT on a CPU
 
 
 def main(args):
@@ -60,13 +60,13 @@ def main(args):
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
     optimizer.add_param_group({"params": critic.parameters(), "lr": args.value_lr})
     env = Environment(args, policy, tokenizer, run)
-    rescored = not env.exact
+    rescored = not env.exact  # exact: the sampler's logp is a scorer's, too
     trained = {"model": policy, "critic": critic}
-    run.hold(about, "policy", **trained | saved, optimizer=optimizer)
+    run.hold(about, "policy", **(trained | saved), optimizer=optimizer)  # saved: LoRA's adapters, for one
     env.first = env.evaluate(policy)  # before anything is written: the reward is the user's, and may fail
 
     for step in run.steps():
-        held_out = techniques.begin(step, env, trained, ref, optimizer)
+        held_out = techniques.before_step(step, env, trained, ref, optimizer)
 
         # ---- rollout: G answers to each of B prompts ----
         generator = step_generator(args.seed, step)
@@ -84,8 +84,8 @@ def main(args):
             value_old = env.value(critic, answers)  # (b, G, T)
 
         # ---- advantage: what the value network did not expect ----
-        paid = earned.to(device).view(-1, 1)[answers.share]
-        paid = token_reward(paid, logp_old, logp_ref, answers.mask, args.beta)  # (b, G, T)
+        earned = earned.to(device).view(-1, 1)[answers.share]  # (b, G)
+        paid = token_reward(earned, logp_old, logp_ref, answers.mask, args.beta)  # (b, G, T)
         adv, returns = gae(paid, value_old, answers.mask, args.gamma, args.lam)
         adv_all = whiten(ranks.gather(adv), ranks.gather(answers.mask))  # (B, G, T)
         adv, mask_all = techniques.weighted(adv_all[answers.share], answers, args, env, policy)  # (b, G, T)
@@ -99,7 +99,7 @@ def main(args):
                     loss, stats = ppo_policy_loss(logp, logp_old[rows], adv[rows], mask, args.eps)
                     loss_v, stats_v = value_loss(env.value(critic, answers, rows), value_old[rows],
                                                  returns[rows], mask, args.value_clip)
-                    loss = (loss + loss_v) * (mask.sum() / batch.n_tokens)  # no shared weights: a rate each
+                    loss = (loss + loss_v) * (mask.sum() / batch.n_tokens)  # the networks share no weights
                     loss = loss - args.entropy_coef * entropy[mask].sum() / batch.n_tokens
                     loss.backward()
                     stats |= stats_v | token_stats(logp, logp_ref[rows], entropy, mask)
@@ -108,7 +108,7 @@ def main(args):
                 run.update(optimizer, *trained.values(), grad_clip=args.grad_clip, weight=1 / updates)
 
         # ---- log ----
-        to_come = gae(paid, value_old, answers.mask, args.gamma, 1.0)[1]  # without the critic's own values
+        _, to_come = gae(paid, value_old, answers.mask, args.gamma, 1.0)  # λ = 1: what was really earned
         explained = explained_variance(*map(ranks.gather, (value_old, to_come, answers.mask)))
         run.write(**env.measure(answers, reward, adv_all), explained_variance=explained, **held_out)
         env.samples.write()  # the evaluation's answers, scored again

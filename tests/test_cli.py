@@ -21,7 +21,7 @@ class Args:
     # ---- the task ----
     words: tuple[str, ...] = ()  # several
     engine: dict[str, str] = field(default_factory=lambda: {"bf16": ""})  # any field, as --engine.NAME
-    # ---- speed and memory: nothing here changes what is learnt ----
+    # ---- speed and memory: the algorithm stays the same ----
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the matrix products
     resume: bool = False  # go on
     ALIASES: ClassVar[dict[str, str]] = {"grpo_steps": "steps", "use_amp": "dtype=bf16", "kl_coef": "beta"}

@@ -76,7 +76,8 @@ def test_recorded_scores_and_gradients_are_the_eager_ones(kind, G, padded, devic
         return score(module, tokens, 7, 0.7, pad, G, False)
 
     def by(tokens, pad):
-        return one_pass(functools.partial(plain, model), model, tokens, pad, contextlib.nullcontext, graphs, G)
+        return one_pass(functools.partial(plain, model), model, tokens, pad, contextlib.nullcontext, graphs,
+                        G)
     g = torch.Generator().manual_seed(0)
     for groups, T in ((3, 20), (2, 20), (1, 9), (3, 20)):
         rows = groups * G

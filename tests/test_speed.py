@@ -142,7 +142,8 @@ def test_sharing_chooses_itself_for_long_prompts(monkeypatch):
 def test_compiled_learns_the_same_and_other_shapes_compile_nothing_anew():
     counters.clear()
     for name, more in (("eager", []), ("compiled", ["--compile"])):
-        words = rl("--steps", 4, "--prompts_per_step", 5, "--micro_batch", 3, reward="share_of_e", *more)
+        words = rl("--steps", 4, "--prompts_per_step", 5, "--micro_batch", 3, "--samples", 3,
+                   reward="share_of_e", *more)
         cli(train_grpo, *words, "--log", f"{name}.csv", "--out", name)
     same(rows("eager.csv"), rows("compiled.csv"), NAMES, 1e-4)
     assert counters["stats"]["unique_graphs"] == 3  # the reference, the policy with and without gradient

@@ -231,7 +231,7 @@ def test_the_rate_falls():
                           samples=SimpleNamespace(draw=lambda *_: None))
     rates = []
     for step in (0, 5, 10):
-        techniques.begin(step, env, {"model": None}, None, SimpleNamespace(param_groups=[group]))
+        techniques.before_step(step, env, {"model": None}, None, SimpleNamespace(param_groups=[group]))
         rates.append(group["lr"])
     assert rates == pytest.approx([2.0, 1.5, 1.0])
 

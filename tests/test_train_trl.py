@@ -158,7 +158,7 @@ def test_flags_as_fields():
 
 
 def test_the_learning_rate_falls_as_ours(monkeypatch):
-    """To a fifth after two steps, linearly: 1 and 0.6 of it, as techniques.begin sets them."""
+    """To a fifth after two steps, linearly: 1 and 0.6 of it, as techniques.before_step sets them."""
     import transformers
     rates, step = [], transformers.TrainerCallback.on_step_begin
 

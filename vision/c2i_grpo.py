@@ -86,7 +86,7 @@ class Args:
     classifier_steps: Annotated[int, AtLeast(1)] = 300  # of training their reward and their judges
     eval_every: Annotated[int | None, AtLeast(0)] = None  # on digits; 0: at the start and the end alone
     eval_images: Annotated[int, AtLeast(2)] = 100  # images of each class
-    # ---- speed and memory: nothing here changes what is learnt ----
+    # ---- speed and memory: the algorithm stays the same ----
     dtype: Literal[tuple(DTYPES)] | None = None  # of the matmuls; the losses are float32
     grad_precision: Literal["fp32", "fp16", "bf16"] = "fp32"  # of gradients between processes
     data_parallel: Literal["ddp", "sdp", "fsdp", "hsdp"] | None = None  # see utils/dist.py

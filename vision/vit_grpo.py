@@ -79,7 +79,7 @@ class Args:
     track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
     overwrite: bool = False  # begin anew in a finished run's place
-    # ---- speed and memory: nothing here changes what is learnt ----
+    # ---- speed and memory: the algorithm stays the same ----
     num_workers: Annotated[int, AtLeast(0)] = 0  # processes that read image files
     save_every: Annotated[int, AtLeast(1)] = 50  # steps
     device: str = "auto"  # auto, cpu, cuda or mps

@@ -75,7 +75,7 @@ class Args:
     eval_examples: Annotated[int, AtLeast(1)] = 512  # of validation and of the test at most
     samples: Annotated[int, AtLeast(0)] = 4  # nano: validation examples that report.py shows; 0: none
     preview: bool = False  # draw the first examples beside the CSV (with --model its answers too), and end
-    # ---- speed and memory: nothing here changes what is learnt ----
+    # ---- speed and memory: the algorithm stays the same ----
     device: str = "auto"  # auto, cpu, cuda, mps
     log: str = "logs/vlm.csv"  # the CSV of the run
     out: str = "out/vlm"  # folder of the checkpoint and the final model
