@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import cli
+from helpers import cli, numbers, rl
 
 import techniques
 import train_grpo
@@ -208,6 +208,19 @@ def test_flags_of_grpo(tiny, flags):
     assert not all(torch.equal(weights[name], others[name]) for name in weights)
     if "--dynamic_sampling" in flags:  # every answer that was drawn counts
         assert int(rows[-1]["samples"]) > 4 * 16
+
+
+def test_a_part_whose_answers_are_all_cut_leaves_the_numbers_of_the_others(tmp_path, monkeypatch):
+    """With seed 3 one answer of 16 is whole, so three of the four parts have no token in the loss."""
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for size in (1, 4):
+        words = rl("--steps", 1, "--seed", 3, "--overlong", "mask", "--micro_batch", size, reward="share_of_e")
+        cli(train_grpo, *words, "--log", f"{size}.csv", "--out", f"out{size}")
+        rows += numbers(f"{size}.csv")
+    assert float(rows[0]["frac_cut"]) == 15 / 16
+    for name in ("entropy", "ref_logp", "kl"):
+        assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), rel=1e-4)
 
 
 def test_the_bonus_keeps_entropy(tiny):
