@@ -42,7 +42,7 @@ from utils.tokenizer import Tokenizer  # noqa: E402
 
 @dataclass
 class Args:
-    parts: tuple[str, ...] = ()  # none: all, in the order of PARTS
+    parts: tuple[str, ...] = ()  # in this order; none: all, in the order of PARTS
     only: str = ""  # one part, in this process
     smollm2: str = "smollm2"  # the policy, or its .gguf file
     trl: bool = True  # measure TRL beside
@@ -208,12 +208,13 @@ def smollm2(args):
     for seed in range(args.seeds):
         calls.append(("train_grpo.py", [*words, "--seed", seed, "--out", f"{args.out}/out/smollm2-s{seed}"],
                       f"{args.out}/smollm2-s{seed}.csv"))
-    for seed, rows in enumerate([*side_by_side(calls[:1], 1), *side_by_side(calls[1:], args.jobs)]):
-        start = float(rows[0]["eval_acc"])
-        yield f"seed {seed}: accuracy at the start", start, "", "greedy, 512 held-out sums"
-        yield f"seed {seed}: accuracy at the end", rows[-1]["held out"], "", f"after {len(rows)} steps"
-        note = "evaluations apart; first step {:.2f}".format(float(rows[0]["seconds"]))
-        yield f"seed {seed}: training", last(rows, "seconds"), "s", note if seed == 0 else "beside others"
+    for first, runs in ((0, calls[:1]), (1, calls[1:])):  # a time limit then leaves seed 0's numbers
+        for seed, rows in enumerate(side_by_side(runs, args.jobs), first):
+            start = float(rows[0]["eval_acc"])
+            yield f"seed {seed}: accuracy at the start", start, "", "greedy, 512 held-out sums"
+            yield f"seed {seed}: accuracy at the end", rows[-1]["held out"], "", f"after {len(rows)} steps"
+            note = "evaluations apart; first step {:.2f}".format(float(rows[0]["seconds"]))
+            yield f"seed {seed}: training", last(rows, "seconds"), "s", "beside others" if seed else note
 
 
 def smollm2_trl(args):
@@ -315,6 +316,9 @@ def variants(args):
             "vit": "vision.vit_grpo --steps 3", "clip": "clip_grpo.py --epochs 1",
             "vlm, nano": "vision.vlm_grpo --engine nano --steps 3",
             "vlm, trl": "vision.vlm_grpo --engine trl --steps 3"}
+    if not args.tiny:
+        runs["clip, ViT-B/32, random weights"] = ("clip_grpo.py --model ViT-B/32 --weights random "
+                                                  "--dataset digits --epochs 1 --dtype bf16")
     for name, words in runs.items():
         with tempfile.TemporaryDirectory() as folder:
             clock = time.perf_counter()
@@ -336,8 +340,8 @@ def compile_nano(args):
             rows = train("train_grpo.py", *more, "--policy", f"{folder}/policy.pth", "--prompts",
                          f"{folder}/prompts.jsonl", "--reward", "sentiment", "--prompts_per_step", B,
                          "--group_size", G, "--max_new", T, "--steps", 12, "--save_every", 10**6,
-                         "--eval_prompts", 1, "--device", args.device, "--out", f"{folder}/{len(more)}",
-                         log=f"{folder}/{len(more)}.csv")
+                         "--eval_prompts", 1, "--samples", 0, "--device", args.device,
+                         "--out", f"{folder}/{len(more)}", log=f"{folder}/{len(more)}.csv")
             times = differences([0.0, *(float(row["seconds"]) for row in rows)])
             note = f"the first took {times[0]:.1f} s"
             yield " ".join(["nano", *more]), median(times[4:]), "s a step", note
@@ -403,10 +407,8 @@ def main(args):
         run_part(names[args.only], args)
         return
     end = time.perf_counter() + ALL
-    for part, limit in PARTS.items():
-        if args.parts and part.__name__ not in args.parts:
-            continue
-        limit = min(limit, max(0, int(end - time.perf_counter())))
+    for part in [names[name] for name in args.parts or names]:
+        limit = min(PARTS[part], max(0, int(end - time.perf_counter())))
         words = ["--out", args.out, "--smollm2", args.smollm2, "--seeds", str(args.seeds),
                  "--jobs", str(args.jobs), "--device", args.device, *(["--tiny"] if args.tiny else []),
                  *([] if args.trl else ["--no_trl"])]
