@@ -7,6 +7,7 @@ Left out: the loss, the optimizer.
 Run: python train_grpo.py --device cuda
 """
 import copy
+import functools
 import sys
 
 import torch
@@ -52,13 +53,19 @@ class AnswerCache:
 
 
 # ---- recording ----
+FAILURES = []  # after one no recording is tried: torch may refuse it, and parts of a decoding must not mix
+
+
 def made_or_eager(make, function):
     """make(). Where that fails, a line, and `function`: it is called next, and raises faults of its own."""
+    if FAILURES:
+        return function
     try:
         return make()
     except RuntimeError as error:
+        FAILURES.append(error)
         torch.clear_autocast_cache()  # what was to be recorded is not computed
-        print(f"no CUDA graph, so slower: {str(error).splitlines()[0][:150]}", file=sys.stderr)
+        print(f"no more CUDA graphs, so slower: {str(error).splitlines()[0][:150]}", file=sys.stderr)
         return function
 
 
@@ -117,11 +124,11 @@ class Recording:
         self.logp.zero_()
 
     def extend(self, first, last):
-        if first not in self.parts:
-            device = self.tokens.device
-            with torch.autocast(device.type, enabled=False):  # the weights have the precision already
+        device = self.tokens.device
+        with torch.autocast(device.type, enabled=False):  # the weights have the precision already
+            if first not in self.parts:
                 self.parts[first] = record(lambda: self.decoding.extend(first, last), device, self.pool)
-        self.parts[first]()
+            self.parts[first]()
 
 
 def one_pass(function, model, tokens, pad, autocast, graphs, group_size=1):
@@ -165,9 +172,11 @@ class Graphs:
         return self.sampler
 
     def recorded(self, decoding):
-        """The recording for a Decoding of this shape, with its prompts and uniforms."""
+        """The recording for a Decoding of this shape, with its prompts and uniforms; of many shapes none."""
         shape = decoding.prompt.shape, decoding.uniforms.shape, decoding.pad is None, decoding.how
         if shape not in self.decodings:
+            if len(self.decodings) == 8:  # each keeps a KV cache
+                return decoding
             self.decodings[shape] = Recording(decoding, self.pool)
         self.decodings[shape].refill(decoding)
         return self.decodings[shape]
@@ -181,11 +190,9 @@ class Graphs:
         inputs += [] if pad is None else [F.pad(pad, (0, rows - N))]
         key = id(model), group_size, inputs[0].shape, pad is None, torch.is_grad_enabled()
         if key not in self.passes:
-            module = Pass(function, model, autocast)
-            if torch.is_grad_enabled():
-                self.passes[key] = self.with_backward(module, tuple(inputs))
-            else:
-                self.passes[key] = record_call(module, inputs, self.pool)
+            without = functools.partial(record_call, pool=self.pool)
+            make = self.with_backward if torch.is_grad_enabled() else without
+            self.passes[key] = make(Pass(function, model, autocast), inputs)
         return [x[:N, :x.shape[1] - more] for x in self.passes[key](*inputs)]
 
     def with_backward(self, module, inputs):
@@ -194,8 +201,13 @@ class Graphs:
             return module
         warn = "set_warn_on_accumulate_grad_stream_mismatch"  # the recording's stream is another, rightly
         getattr(torch.autograd.graph, warn, lambda warn: None)(False)
-        # memory of its own, not `pool`: two models' forward passes may come before both backward passes
-        graphed = made_or_eager(lambda: torch.cuda.make_graphed_callables(module, inputs), module)
+
+        def make():  # with memory of its own: two models' forward passes may come before both backward passes
+            free, total = torch.cuda.mem_get_info()
+            if free < total / 2:
+                raise RuntimeError(f"{free / 1e9:.0f} GB are free, and each recording keeps its activations")
+            return torch.cuda.make_graphed_callables(module, tuple(inputs), allow_unused_input=True)
+        graphed = made_or_eager(make, module)
         for weight in set(module.parameters()) - self.cloned:
             self.cloned.add(weight)
             if weight.requires_grad:  # the next backward pass overwrites what this one gave

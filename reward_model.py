@@ -21,7 +21,7 @@ from generate import generate
 from policy import load_policy
 from reward import RewardModel
 from utils import checkpoint
-from utils.cli import AtLeast, at_least, atomic_write, die, parse, program
+from utils.cli import AtLeast, RunFlags, at_least, atomic_write, die, parse, program
 from utils.device import pick_device
 from utils.log import SHARED
 from utils.rewards import JUDGES
@@ -33,7 +33,7 @@ COLUMNS = [*SHARED, "accuracy", "held_out", "held_out_accuracy", "judge_accuracy
 
 
 @dataclass
-class Args:
+class Args(RunFlags):  # flags of every run are there
     # ---- the algorithm ----
     label_temperature: Annotated[float, AtLeast(0.0)] = 0.1  # of the Bradley-Terry draw, in the judge's unit
     pool: Literal["sum", "last"] = "sum"  # over an answer's tokens
@@ -56,12 +56,6 @@ class Args:
     eval_every: Annotated[int, AtLeast(1)] = 64  # steps
     log: str = "logs/reward.csv"  # the run's numbers
     out: str = "out/reward"  # the folder of the run's weights
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
-    resume: bool = False  # go on from --out
-    overwrite: bool = False  # begin anew in a finished run's place
-    # ---- speed and memory: the algorithm stays the same ----
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products
 
 
 class Pairs(NamedTuple):
@@ -170,8 +164,7 @@ def main(args):
     run = Run(args, COLUMNS, 0, device, program(), save_every=args.eval_every)
     policy, tokenizer = load_policy(args.policy, device)
     layers = min(args.layers, policy.config.n_layer)
-    model = RewardModel(replace(policy.config, n_layer=layers), args.pool).to(device)
-    model.eval()  # π₀'s dropout would only cost time here: docs/log.md
+    model = RewardModel(replace(policy.config, n_layer=layers), args.pool).to(device).eval()  # no dropout
     model.trunk.load_state_dict(policy.state_dict(), strict=False)  # π₀ may have more blocks
 
     # ---- pairs ----

@@ -20,8 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from generate import sample_texts
-from generate import score as score_answers
+from generate import sample_texts, score as score_answers
 from policy import load_policy
 from reward import load_scorer
 from utils.cli import AtLeast, die, parse, run_stage

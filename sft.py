@@ -22,7 +22,7 @@ from model import GPT, SIZES, GPTConfig
 from policy import load_policy
 from tasks import load_task
 from utils import checkpoint, ranks
-from utils.cli import AtLeast, die, parse, program
+from utils.cli import AtLeast, RunFlags, die, parse, program, refusing
 from utils.log import SHARED
 from utils.run import Run, step_generator
 from utils.text import Prompts, heading_prompts, load_corpus, split
@@ -33,7 +33,7 @@ COLUMNS = [*SHARED, "held_out", "loss_char", "held_out_char", "lr", "grad_norm",
 
 
 @dataclass
-class Args:
+class Args(RunFlags):  # flags of every run are there
     # ---- the algorithm ----
     steps: Annotated[int, AtLeast(1)] = 900  # optimizer steps
     batch_size: Annotated[int, AtLeast(1)] = 32  # windows of text
@@ -42,8 +42,8 @@ class Args:
     lr_end: Annotated[float, AtLeast(0.0)] = 0.1  # at the end the rates are this share
     warmup: Annotated[int, AtLeast(0)] = 50  # steps
     weight_decay: float = 0.1  # of AdamW's matrices
-    beta2: float = 0.99  # of AdamW
-    grad_clip: float = 1.0  # greatest norm of the gradient
+    beta2: Annotated[float, AtLeast(0.0)] = 0.99  # of AdamW
+    grad_clip: Annotated[float, AtLeast(1e-9)] = 1.0  # greatest norm of the gradient
     dropout: Annotated[float, AtLeast(0.0)] = 0.0  # share of activations that are dropped
     seed: int = 0  # of weights, windows and dropout
     # ---- the task ----
@@ -57,12 +57,6 @@ class Args:
     eval_every: Annotated[int, AtLeast(1)] = 100  # steps
     log: str = "logs/sft.csv"  # the run's numbers
     out: str = "out/sft"  # the folder of the run's weights
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
-    resume: bool = False  # go on from --out
-    overwrite: bool = False  # begin anew in a finished run's place
-    # ---- speed and memory: the algorithm stays the same ----
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products
 
 
 PRESETS = {
@@ -153,12 +147,12 @@ def main(args):
             f"{args.block_size + 2}")
     if args.init and args.tokenizer != "gpt2":
         die(f"--init {args.init} has GPT-2's vocabulary: wanted --tokenizer gpt2, got {args.tokenizer}")
-    layers, heads, width = SIZES[args.size]
     model = GPT.from_pretrained(args.init) if args.init else GPT(
-        GPTConfig(tokenizer.vocab_size, args.block_size, layers, heads, width, args.dropout))
+        GPTConfig(tokenizer.vocab_size, args.block_size, *SIZES[args.size], args.dropout))
     model = model.to(device).train()
     n_parameters = sum(p.numel() for p in model.parameters())
-    optimizers = make_optimizers(model, args)
+    with refusing(what="AdamW: "):
+        optimizers = make_optimizers(model, args)
     run.record |= {"corpus": source, "parameters": n_parameters}
     run.hold(checkpoint.about(model, tokenizer), counts={"best": math.inf}, writes=[f"{args.out}/policy.pth"],
              model=model, **optimizers)

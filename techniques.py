@@ -13,12 +13,12 @@ import torch
 from generate import ended
 from grpo import OBJECTIVES
 from utils import ranks
-from utils.cli import AtLeast, die
+from utils.cli import AtLeast, RunFlags, die
 from utils.rewards import JUDGES
 
 
 @dataclass
-class Flags:
+class Flags(RunFlags):
     """What train_grpo.py, train_ppo.py and train_trl.py have alike; each adds flags of its own."""
     # ---- around the loss: off by default ----
     lr_end: Annotated[float, AtLeast(0.0)] = 1.0  # share of lr to which the learning rate falls, linearly
@@ -31,7 +31,7 @@ class Flags:
     # ---- the algorithm ----
     steps: Annotated[int, AtLeast(1)] = 60  # rollouts
     epochs_per_rollout: Annotated[int, AtLeast(1)] = 1  # passes over a rollout's answers
-    grad_clip: float = 1.0  # greatest norm of the gradient
+    grad_clip: Annotated[float, AtLeast(1e-9)] = 1.0  # greatest norm of the gradient
     seed: int = 0  # of prompts and draws
     # ---- the task ----
     policy: str = "out/sft/policy.pth"  # π₀
@@ -47,15 +47,11 @@ class Flags:
     eval_every: Annotated[int, AtLeast(1)] = 20  # steps
     eval_prompts: Annotated[int, AtLeast(1)] = 64  # held-out prompts
     eval_pass8: bool = True  # of a task: ask 8 answers to each of them, too
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
-    resume: bool = False  # go on from --out
-    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: the algorithm stays the same ----
     micro_batch: Annotated[int, AtLeast(0)] = 0  # prompts (PPO: answers) a backward pass; 0: all
     grad_checkpoint: bool = False  # less memory, one more forward pass
+    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: fp32 for a GPT on a CPU
     save_every: Annotated[int, AtLeast(1)] = 20  # steps
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update
 
 
 def pick_objective(args, updates=1):
@@ -83,9 +79,8 @@ def before_step(step, env, trained, ref, optimizer):
     -> what held-out answers earn, every --eval_every steps, else {}.
     """
     args, policy, due = env.args, trained["model"], step % env.args.eval_every == 0
-    held_out = {}
-    if due:
-        held_out = env.first if step == env.run.start else env.evaluate(policy)
+    first = step == env.run.start
+    held_out = (env.first if first else env.evaluate(policy)) if due else {}
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group["lr"] = group["initial_lr"] * (1 - (1 - args.lr_end) * step / args.steps)

@@ -31,7 +31,7 @@ class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are
     dynamic_sampling: Annotated[int, AtLeast(0)] = 0  # rounds in which groups of equal rewards are drawn anew
     lr: Annotated[float, AtLeast(0.0)] = 1.5e-4  # learning rate of AdamW
     lora_r: Annotated[int, AtLeast(0)] = 0  # rank of LoRA, for Llama's family; 0: all weights learn
-    lora_alpha: float = 32.0  # LoRA's scale is this over the rank
+    lora_alpha: Annotated[float, AtLeast(0.0)] = 32.0  # LoRA's scale is this over the rank
     minibatches: Annotated[int, AtLeast(1)] = 1  # optimizer steps an epoch
     # ---- the task ----
     samples: Annotated[int, AtLeast(0)] = 4  # held-out prompts whose answers report.py shows; 0: none
@@ -40,7 +40,6 @@ class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are
     # ---- speed and memory: the algorithm stays the same ----
     share_prompt: Literal["auto", "yes", "no"] = "auto"  # read a group's prompt once; auto: if it is long
     compile: bool = False  # scoring and update; takes a minute first
-    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: fp32 for a GPT on a CPU
 
 
 def main(args):
@@ -94,7 +93,7 @@ def main(args):
                     loss, stats = grpo_loss(logp, old, logp_ref[rows], adv[rows], mask, objective,
                                             max_len=env.T, n_tokens=batch.n_tokens,
                                             n_answers=batch.n_answers)
-                    loss = loss - args.entropy_coef * entropy[mask].sum() / batch.n_tokens
+                    loss = loss - args.entropy_coef * entropy.masked_fill(~mask, 0).sum() / batch.n_tokens
                     loss.backward()
                     stats |= token_stats(logp, logp_ref[rows], entropy, mask)
                     run.add(stats, mask.sum() / batch.n_scored / updates)

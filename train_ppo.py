@@ -29,12 +29,12 @@ class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are
     beta: Annotated[float, AtLeast(0.0)] = 0.05  # weight of the KL penalty in the reward
     lr: Annotated[float, AtLeast(0.0)] = 5e-5  # learning rate of AdamW
     lora_r: Annotated[int, AtLeast(0)] = 0  # rank of LoRA, for Llama's family; 0: all weights learn
-    lora_alpha: float = 32.0  # LoRA's scale is this over the rank
+    lora_alpha: Annotated[float, AtLeast(0.0)] = 32.0  # LoRA's scale is this over the rank
     value_lr: Annotated[float, AtLeast(0.0)] = 1e-3  # the critic's
-    eps: float = 0.2  # the policy's clip
-    value_clip: float = 0.5  # the critic's, in units of the reward
-    gamma: float = 1.0  # discount
-    lam: float = 0.95  # λ of GAE
+    eps: Annotated[float, AtLeast(0.0)] = 0.2  # the policy's clip
+    value_clip: Annotated[float, AtLeast(0.0)] = 0.5  # the critic's, in units of the reward
+    gamma: Annotated[float, AtLeast(0.0)] = 1.0  # discount
+    lam: Annotated[float, AtLeast(0.0)] = 0.95  # λ of GAE
     minibatches: Annotated[int, AtLeast(1)] = 4  # optimizer steps an epoch
     # ---- the task ----
     samples: Annotated[int, AtLeast(0)] = 4  # held-out prompts whose answers report.py shows; 0: none
@@ -42,7 +42,6 @@ class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are
     out: str = "out/ppo"  # the folder of the run's weights
     # ---- speed and memory: the algorithm stays the same ----
     compile: bool = False  # scoring and update; takes a minute first
-    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: fp32 for a GPT on a CPU
 
 
 def main(args):
@@ -100,7 +99,7 @@ def main(args):
                     loss_v, stats_v = value_loss(env.value(critic, answers, rows), value_old[rows],
                                                  returns[rows], mask, args.value_clip)
                     loss = (loss + loss_v) * (mask.sum() / batch.n_tokens)  # the networks share no weights
-                    loss = loss - args.entropy_coef * entropy[mask].sum() / batch.n_tokens
+                    loss = loss - args.entropy_coef * entropy.masked_fill(~mask, 0).sum() / batch.n_tokens
                     loss.backward()
                     stats |= stats_v | token_stats(logp, logp_ref[rows], entropy, mask)
                     run.add(stats, mask.sum() / batch.n_scored / updates)

@@ -42,8 +42,6 @@ class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are
     # ---- the task ----
     log: str = "logs/trl.csv"  # the run's numbers
     out: str = "out/trl"  # the folder of the run's weights
-    # ---- speed and memory: the algorithm stays the same ----
-    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of evaluation, as in train_grpo.py
 
 
 class Loop:

@@ -80,12 +80,12 @@ def forget():
 
 def become(command):
     """In a forked process: does what `python COMMAND` does after its imports, to its exit."""
+    for number in utils.STOPS:  # at first: the handlers of the process that forked are not this one's
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
     forget()
     atexit._clear()
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
-    for number in utils.STOPS:
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
     code = 0
     try:
         try:

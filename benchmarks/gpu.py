@@ -305,7 +305,7 @@ def image_gpt(args):
         model.recordings.clear()
         del model, optimizer, codes
         if device.type == "cuda":
-            yield f"{name}: memory", torch.cuda.max_memory_allocated() / 1e6, "MB", "no reference model"
+            yield f"{name}: memory", torch.cuda.max_memory_reserved() / 1e6, "MB", "no reference model"
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
@@ -398,7 +398,7 @@ def main(args):
     names = {part.__name__: part for part in PARTS}
     unknown = {args.only, *args.parts} - {"", *names}
     if unknown:
-        die(f"--parts {' '.join(unknown)}: wanted some of {', '.join(names)}")
+        die(f"--parts or --only {' '.join(unknown)}: wanted some of {', '.join(names)}")
     if args.tiny:
         args.device, args.seeds = "cpu", 1
     if args.device == "cuda" and not torch.cuda.is_available():

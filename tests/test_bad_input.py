@@ -93,6 +93,8 @@ def test_unknown_flag(module, refused, folder):
     (sft, ["--data", "play", "--vocab_size", "258", "--block_size", "70000"],
      ["--block_size", "7000", "held-out", "bell_of_merrow.txt"]),
     (sft, ["--data", "play", "--vocab_size", "258", "--init", "gpt2"], ["--init", "--tokenizer gpt2"]),
+    (sft, ["--grad_clip", "-1"], ["grad_clip", "-1"]),
+    (sft, ["--data", "play", "--vocab_size", "258", "--beta2", "7"], ["AdamW", "beta", "7"]),
     (sft, ["--data", "play", "--device", "tpu"], ["tpu", "cpu", "cuda", "mps"]),
     (sample, ["--policy", "POLICY", "--start", ""], ["--start of 0 tokens", "at least one token"]),
     (sample, ["--policy", "POLICY", "--top_p", "0"], ["--top_p", "0", "(0, 1]"]),
@@ -111,10 +113,18 @@ def test_values(module, words, wanted, refused, folder):
     (["--reward", "sentimen"], ["sentimen", "model", "sentiment", "meter", "FILE.py:FUNCTION"]),
     (["--reward", "gone.py:f"], ["gone.py"]),
     (["--lr", "-1"], ["lr", "-1"]),
+    (["--grad_clip", "-1"], ["grad_clip", "-1"]),  # it would climb where it should descend
+    (["--grad_clip", "nan"], ["grad_clip", "nan"]),
 ], ids=lambda x: " ".join(x))
 @pytest.mark.parametrize("module", RL_SCRIPTS, ids=lambda m: m.__name__)
 def test_rl_values(module, words, wanted, refused, folder):
     refused(lambda: cli(module, *rl(*words)), *wanted)
+    assert files(folder) == []
+
+
+@pytest.mark.parametrize("name", ["eps", "value_clip", "gamma", "lam", "lora_alpha"])
+def test_ppos_own_values(name, refused, folder):
+    refused(lambda: cli(train_ppo, *rl(f"--{name}", "-1")), name, "-1", "at least 0")
     assert files(folder) == []
 
 
@@ -320,7 +330,8 @@ def test_prompts(lines, wanted, refused, folder):
 @pytest.mark.parametrize("name, wanted", [
     ("short", ["numbers for", "completions", "wanted one each"]), ("nan", ["nan", "finite"]),
     ("nothing", ["NoneType", "list of"]), ("words", ["list of"]),
-    ("raises", ["KeyError", "'score'", "rewards.py, line"]), ("no_such", ["no function 'no_such'"])])
+    ("raises", ["KeyError", "'score'", "rewards.py, line"]),
+    ("leaves", ["SystemExit: bye"]), ("no_such", ["no function 'no_such'"])])
 @pytest.mark.parametrize("module", RL_SCRIPTS, ids=lambda m: m.__name__)
 def test_reward_functions(module, name, wanted, refused, folder):
     spec = f"{tiny()}/rewards.py:{name}"

@@ -285,6 +285,11 @@ def wrong_pip(rest):
     return f"there is no extra or file {', '.join(odd)}" if odd else None
 
 
+def test_the_package_has_every_file():
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert sorted(modules) == sorted(path.stem for path in ROOT.glob("*.py"))
+
+
 def wrong_python(rest):
     """What follows `python`: FILE.py WORDS, -m MODULE WORDS."""
     if rest[:1] == ["-c"]:

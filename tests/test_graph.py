@@ -11,12 +11,18 @@ from helpers import DEVICES, gpu, refused
 
 import train_grpo
 from generate import ended, generate, score
-from graph import Graphs, one_pass, record
+import graph
+from graph import Graphs, made_or_eager, one_pass, record
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
+from ppo import ValueModel
 from utils import ranks
 from utils.device import pick_autocast, pick_device
 
+
+@pytest.fixture(autouse=True)
+def no_failure_yet(monkeypatch):
+    monkeypatch.setattr(graph, "FAILURES", [])
 
 
 def make(kind):
@@ -114,7 +120,35 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_so(capsys):
     again = record(waits, total.device)
     before = total.item()
     again()
-    assert total.item() == before + 1 and "no CUDA graph, so slower" in capsys.readouterr().err
+    assert total.item() == before + 1 and "no more CUDA graphs, so slower" in capsys.readouterr().err
+
+
+def test_after_a_failure_no_recording_is_tried(capsys):
+    """Parts of a decoding must not mix: a recording would hold buffers that an eager part replaces."""
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert made_or_eager(lambda: "recorded", "eager") == "recorded"
+    assert made_or_eager(fails, "eager") == made_or_eager(lambda: "recorded", "eager") == "eager"
+    assert capsys.readouterr().err == "no more CUDA graphs, so slower: CUDA out of memory\n"
+
+
+def test_many_shapes_are_not_all_recorded():
+    """As --dynamic_sampling makes them: each recording would keep a KV cache."""
+    model = make("gpt")
+    graphs, prompt = Graphs(model), torch.arange(20).view(10, 2)
+    for n in (*range(1, 11), 9, 3):
+        uniforms = torch.rand(2 * n, 5, generator=torch.Generator().manual_seed(n))
+        want, got = (generate(model, prompt[:n], 5, 2, uniforms=uniforms, graphs=g) for g in (None, graphs))
+        assert torch.equal(want[0], got[0])
+    assert len(graphs.decodings) == 8
+
+
+def test_a_critic_uses_not_all_of_its_trunk():
+    """An untied head: so a recording of its backward pass must allow weights without a gradient."""
+    critic = ValueModel(LlamaConfig(50, 64, 1, 2, 2, 16, 32, 8, tied=False))
+    names, weights = zip(*critic.named_parameters())
+    grads = torch.autograd.grad(critic(torch.arange(6)[None]).sum(), weights, allow_unused=True)
+    assert [name for name, grad in zip(names, grads) if grad is None] == ["trunk.lm_head.weight"]
 
 
 def test_out_of_memory_is_a_line_that_names_the_flags(monkeypatch, capsys):

@@ -140,6 +140,7 @@ def test_sharing_chooses_itself_for_long_prompts(monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_learns_the_same_and_other_shapes_compile_nothing_anew():
+    torch._dynamo.reset()
     counters.clear()
     for name, more in (("eager", []), ("compiled", ["--compile"])):
         words = rl("--steps", 4, "--prompts_per_step", 5, "--micro_batch", 3, "--samples", 3,

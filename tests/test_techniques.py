@@ -215,7 +215,8 @@ def test_a_part_whose_answers_are_all_cut_leaves_the_numbers_of_the_others(tmp_p
     monkeypatch.chdir(tmp_path)
     rows = []
     for size in (1, 4):
-        words = rl("--steps", 1, "--seed", 3, "--overlong", "mask", "--micro_batch", size, reward="share_of_e")
+        words = rl("--steps", 1, "--seed", 3, "--overlong", "mask", "--micro_batch", size,
+                   reward="share_of_e")
         cli(train_grpo, *words, "--log", f"{size}.csv", "--out", f"out{size}")
         rows += numbers(f"{size}.csv")
     assert float(rows[0]["frac_cut"]) == 15 / 16

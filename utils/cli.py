@@ -52,6 +52,18 @@ class AtLeast:
     low: float
 
 
+@dataclasses.dataclass
+class RunFlags:
+    """What every training run takes."""
+    # ---- the task ----
+    track: typing.Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
+    resume: bool = False  # go on from --out
+    overwrite: bool = False  # begin anew in a finished run's place
+    # ---- speed and memory: the algorithm stays the same ----
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: typing.Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products
+
+
 def parse(args_class, presets=None, default=None):
     """Fills args_class from the command line; --preset NAME, at any place, picks one of `presets`.
 

@@ -91,9 +91,9 @@ def check_compiler(device):
 
 
 def peak_mem_mb(device):
-    """CUDA: the allocator's peak; elsewhere the peak resident size of the process; in MB (10⁶ bytes)."""
+    """CUDA: the most that torch held, with recordings; else the peak resident size; in MB (10⁶ bytes)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return torch.cuda.max_memory_reserved(device) / 1e6
     status = Path("/proc/self/status")
     if status.is_file():  # Linux: getrusage's number would be the launching process's, if that was larger
         return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e6

@@ -127,7 +127,7 @@ def checked(function, source, /, completions, prompts, **columns):
         columns.pop("completion_ids", None)
     try:
         scores = function(completions=completions, prompts=prompts, **columns)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         die(f"{source} raised {describe(error)}")
     wanted = f"wanted a list of {len(completions)} finite numbers"
     if inspect.iscoroutine(scores):

@@ -11,7 +11,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from utils.cli import atomic_write, die, need
+from utils.cli import atomic_write, die, need, refusing
 
 BLANK_LINE = "\n\n"
 # merges stay within a piece: a newline stands alone, so that a heading ("ROMEO:\n") always ends at a token's
@@ -84,7 +84,8 @@ class ChatTokenizer:
         self.vocab_size = self.encoding.get_vocab_size()
 
     def encode(self, text):
-        return self.encoding.encode(text, add_special_tokens=False).ids
+        with refusing(Exception, f"{self.name}: its tokenizer can't read {text[:40]!r}: "):
+            return self.encoding.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):  # without the stop and the other tokens that stand for no text
         return self.encoding.decode(ids)
