@@ -131,7 +131,7 @@ if want speed; then
   OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py --out results/vs_trl.csv
   OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py $long --out results/vs_trl_long.csv
   OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py --compile --rounds 1 --out results/vs_trl_compiled.csv
-  OMP_NUM_THREADS=2 $python benchmarks/vs_trl.py $long --compile --rounds 1 --out results/vs_trl_long_compiled.csv
+  $python benchmarks/gpu.py --only compile_nano --device cpu --out results/compile
 fi
 if want learn; then  # from base's π₀: 8 seeds of each engine and objective, two runs side by side; dapo once more
   learn="$python benchmarks/vs_trl.py --learn --data shakespeare --jobs 2 --seeds 8"
