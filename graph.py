@@ -63,7 +63,7 @@ def made_or_eager(make, function):
     try:
         return make()
     except RuntimeError as error:
-        FAILURES.append(error)
+        FAILURES.append(str(error))
         torch.clear_autocast_cache()  # what was to be recorded is not computed
         print(f"no more CUDA graphs, so slower: {str(error).splitlines()[0][:150]}", file=sys.stderr)
         return function
@@ -71,7 +71,7 @@ def made_or_eager(make, function):
 
 def record(function, device, pool=None):
     """-> a function that repeats the kernels of function(), without its Python."""
-    if device.type != "cuda":
+    if device.type != "cuda" or FAILURES:
         return function
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -122,10 +122,9 @@ def shaped(reward, answers, args):
 
 
 def less_penalty(reward, length, args):
-    """The reward less the penalty of long answers, (B, G) -> (B, G); their lengths (B, G), in tokens.
+    """The reward less the penalty of long answers, (B, G); one below 0 ends a run of maxrl. length: (B, G).
 
     --overlong penalty, DAPO eq. 13: 0 up to max_new - overlong_tokens tokens, then in equal steps up to 1.
-    Ends the run where maxrl meets a reward below 0.
     """
     if args.overlong == "penalty":
         reward = reward - (1 + (length - args.max_new) / args.overlong_tokens).clamp(min=0)

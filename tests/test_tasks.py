@@ -278,7 +278,7 @@ def test_the_page_of_your_own_task(folder):
     page = (ROOT / "docs/tasks.md").read_text(encoding="utf-8").partition("## Write your own")[2]
     own = re.search(r"```python\n(.*?)```", page, re.S)[1]
     assert 15 <= len(own.splitlines()) <= 20
-    (folder / "my_task.py").write_text(own)
+    (folder / "my_larger.py").write_text(own)
     modules = {"sft.py": sft, "train_grpo.py": train_grpo, "plot.py": plot, "sample.py": sample}
     lines = re.search(r"```bash\n(.*?)```", page, re.S)[1].replace("\\\n", "").splitlines()
     assert len(lines) == 4
@@ -289,7 +289,7 @@ def test_the_page_of_your_own_task(folder):
     assert "logs/mine.png" in files(folder)
     accuracy = [float(row["eval_acc"]) for row in read_csv("logs/mine.csv")[1] if row["eval_acc"]]
     assert len(accuracy) == 4
-    task = load_task("my_task.py")
+    task = load_task("my_larger.py")
     texts = "31", " 31\n", "13", "", "x"
     assert [task.reward(text, {"answer": "31"}) for text in texts] == [1, 1, .1, 0, 0]
 

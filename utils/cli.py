@@ -81,8 +81,9 @@ def parse(args_class, presets=None, default=None):
         first.error = lambda message: die(f"{message}: wanted one of {', '.join(presets)}")
         known, rest = first.parse_known_args(rest)
         default = presets.get(known.preset, default)
+    about = sys.modules[args_class.__module__].__doc__ + "".join(f"\n--preset {name}" for name in presets or ())
     given, values = tyro.cli(flag_groups(args_class, default), prog=prog, args=rest, use_underscores=True,
-                             description=sys.modules[args_class.__module__].__doc__), {}
+                             description=about), {}
     for name, value in vars(given).items():
         values |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
     args = args_class(**values)
