@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 from helpers import ROOT, plain
 
+import sft
 from utils import cli
 
 
@@ -73,6 +74,13 @@ def test_help_has_three_groups_the_least_value_and_the_historical_name(monkeypat
     assert places == sorted(places)
     assert "training steps; at least 1; formerly --grpo_steps (default: 5)" in text
     assert "ALIASES" not in text
+
+
+def test_the_presets_are_in_the_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--help"])
+    with pytest.raises(SystemExit):
+        cli.parse(sft.Args, sft.PRESETS)
+    assert "--preset demo" in plain(capsys.readouterr().out)
 
 
 SCRIPTS = ["train_grpo.py", "train_ppo.py", "train_trl.py", "sft.py", "reward_model.py", "clip_grpo.py",
