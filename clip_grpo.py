@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
 from utils import checkpoint
-from utils.cli import AtLeast, die, parse, refusing
+from utils.cli import AtLeast, RunFlags, die, parse, refusing
 from utils.device import pick_device
 from utils.log import SHARED
 from utils.run import Run, step_generator
@@ -36,7 +36,7 @@ OBJECTIVE = replace(OBJECTIVES["grpo"], beta=0.0)  # the KL is exact here, and a
 
 
 @dataclass
-class Args:
+class Args(RunFlags):  # flags of every run are there
     ALIASES: ClassVar[dict[str, str]] = {
         "kl_coef": "beta", "entropy_weight": "entropy_coef", "smooth_tau": "tau", "workers": "num_workers",
         "log_interval": "log_every", "model_name": "model", "use_amp": "dtype=bf16",
@@ -79,12 +79,8 @@ class Args:
     save_model: bool = False  # after every epoch, into --out
     log: str = "logs/clip.csv"  # the run's numbers
     out: str = "out/clip"  # the folder of the run's weights
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
-    resume: bool = False  # go on from --out
-    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: the algorithm stays the same ----
     num_workers: Annotated[int, AtLeast(0)] = 4  # processes that read image files
-    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # of the tower's matrix products; all else stays fp32
 
 

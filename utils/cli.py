@@ -135,7 +135,7 @@ def flag_groups(args_class, default):
         title, flag = re.match(r"\s+# ---- (.+?) ----", line), re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
         if title:
             banner = title[1]
-        elif flag and flag[1] in fields:
+        elif flag and flag[1] in fields - set(helps):  # a class may have another default than its base
             members.setdefault(banner, []).append(flag[1])
             helps[flag[1]] = flag[2] or ""
     old_names = {new.partition("=")[0]: old for old, new in getattr(args_class, "ALIASES", {}).items()}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from utils.cli import AtLeast, die, parse, refusing
+from utils.cli import AtLeast, RunFlags, die, parse, refusing
 from utils.device import pick_device
 from utils.log import SHARED
 from utils.run import Run, step_generator
@@ -33,7 +33,7 @@ COLUMNS = [*SHARED, "samples", "seconds", "grad_norm", "frac_zero_std", "aux_ce"
 
 
 @dataclass
-class Args:
+class Args(RunFlags):  # flags of every run are there
     ALIASES: ClassVar[dict[str, str]] = {"grpo_steps": "steps", "kl_coef": "beta",
                                          "eval_interval": "eval_every"}
     # ---- the algorithm ----
@@ -67,13 +67,9 @@ class Args:
     eval_images: Annotated[int, AtLeast(1)] = 2048  # of validation and of the test at most, drawn once
     log: str = "logs/cnn.csv"  # the run's numbers
     out: str = "out/cnn"  # the folder of the run's weights
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
-    resume: bool = False  # go on from --out
-    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: the algorithm stays the same ----
     num_workers: Annotated[int, AtLeast(0)] = 0  # processes that read image files
     save_every: Annotated[int, AtLeast(1)] = 100  # steps
-    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # of the policy's matrix products
 
 

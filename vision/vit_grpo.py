@@ -18,7 +18,7 @@ import utils  # before torch: it sets how OpenMP's threads wait
 import torch
 
 from grpo import OBJECTIVES, group_advantage, grpo_loss
-from utils.cli import AtLeast, die, parse, refusing
+from utils.cli import AtLeast, RunFlags, die, parse, refusing
 from utils.device import pick_device
 from utils.log import SHARED, open_tracker
 from utils.run import Run, step_generator
@@ -38,7 +38,7 @@ OBJECTIVE = replace(OBJECTIVES["grpo"], beta=0.0)  # the KL is exact here, and a
 
 
 @dataclass
-class Args:
+class Args(RunFlags):  # flags of every run are there
     ALIASES: ClassVar[dict[str, str]] = {"grpo_steps": "steps", "kl_coef": "beta",
                                          "eval_interval": "eval_every", "ckpt_dir": "out"}
     # ---- the algorithm ----
@@ -76,13 +76,9 @@ class Args:
     log: str = "logs/vit.csv"  # the run's numbers
     log_dir: str = ""  # a folder for TensorBoard's events; --track tensorboard puts them beside the CSV
     out: str = "out/vit"  # the folder of the run's weights
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
-    resume: bool = False  # go on from --out
-    overwrite: bool = False  # begin anew in a finished run's place
     # ---- speed and memory: the algorithm stays the same ----
     num_workers: Annotated[int, AtLeast(0)] = 0  # processes that read image files
     save_every: Annotated[int, AtLeast(1)] = 50  # steps
-    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # of the policy's matrix products; auto: bf16 where fast
 
 
