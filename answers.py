@@ -15,7 +15,7 @@ from utils.text import Prompts, completions
 
 @dataclass
 class Answers:
-    """G answers to each of b prompts, as sampled. A stop, as a blank line, ends one. T: the longest's."""
+    """G answers to each of b prompts, of up to T tokens. A stop, such as a blank line, ends an answer."""
     tokens: torch.Tensor        # (b, G, P + T)
     logp: torch.Tensor          # (b, G, T) under the policy that sampled
     mask: torch.Tensor          # (b, G, T): True to the stop's last token, which is scored like any other

@@ -53,7 +53,7 @@ class AnswerCache:
 
 
 # ---- recording ----
-FAILURES = []  # after one no recording is tried: torch may refuse it, and parts of a decoding must not mix
+FAILURES = []  # after one none is tried: it might hold buffers that an eager part of a decoding replaces
 
 
 def made_or_eager(make, function):
@@ -160,6 +160,7 @@ class Graphs:
 
     def __init__(self, model, dtype="fp32"):
         self.model, self.sampler, self.decodings, self.passes, self.cloned = model, model, {}, {}, set()
+        self.full = False
         if dtype == "bf16":
             self.sampler = copy.deepcopy(model).bfloat16().requires_grad_(False)
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
@@ -201,13 +202,16 @@ class Graphs:
             return module
         warn = "set_warn_on_accumulate_grad_stream_mismatch"  # the recording's stream is another, rightly
         getattr(torch.autograd.graph, warn, lambda warn: None)(False)
-
-        def make():  # with memory of its own: two models' forward passes may come before both backward passes
-            free, total = torch.cuda.mem_get_info()
-            if free < total / 2:
-                raise RuntimeError(f"{free / 1e9:.0f} GB are free, and each recording keeps its activations")
-            return torch.cuda.make_graphed_callables(module, tuple(inputs), allow_unused_input=True)
-        graphed = made_or_eager(make, module)
+        free, total = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if free < total / 2 and not self.full:  # a recording keeps its activations
+            self.full = True
+            print("half of the GPU is full: other shapes of an update are not recorded", file=sys.stderr)
+        if self.full:
+            return module
+        # memory of its own, not `pool`: two models' forward passes may come before both backward passes
+        graphed = made_or_eager(lambda: torch.cuda.make_graphed_callables(
+            module, tuple(inputs), allow_unused_input=True), module)
         for weight in set(module.parameters()) - self.cloned:
             self.cloned.add(weight)
             if weight.requires_grad:  # the next backward pass overwrites what this one gave

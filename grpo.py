@@ -19,7 +19,7 @@ def plain_grpo(reward, logp, logp_old, logp_ref, mask, eps=0.2, beta=0.04):
     adv = adv[:, :, None]  # (B, G, 1): all tokens of an answer share it
     ratio = torch.exp(logp - logp_old)  # (B, G, T)
     surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)
-    kl = torch.exp(logp_ref - logp) - (logp_ref - logp) - 1  # k3: its gradient follows KL(π₀‖π)
+    kl = torch.exp(logp_ref - logp) - (logp_ref - logp) - 1  # k3: its gradient is KL(π₀‖π)'s; π₀: reference
     per_token = -(surrogate - beta * kl) * mask
     return (per_token.sum(2) / mask.sum(2)).mean()
 

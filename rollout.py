@@ -3,8 +3,6 @@
 The answers' tensors, (B, G, T), are in answers.py. Left out: several turns.
 Run: python train_grpo.py
 """
-import functools
-
 import torch
 
 from answers import Answers
@@ -50,13 +48,8 @@ class Environment:
         self.cut = 0.0  # share of the last step's answers that --max_new cut
         self.sampling, self.exact, dtype = sampling(policy, args.sample_dtype, run)
         self.graphs = Graphs(policy, dtype) if self.device.type == "cuda" else None
-
-        @functools.cache
-        def scorer(model):
-            """generate.score of a model, compiled once if asked; `dynamic`: for rows of any length."""
-            score_of = functools.partial(score, model)
-            return torch.compile(score_of, dynamic=True) if args.compile else score_of
-        self.scorer = scorer
+        compiled = getattr(args, "compile", False)
+        self.score_of = torch.compile(score, dynamic=True) if compiled else score  # for rows of any length
 
     # ---- answers, and what they earn ----
     def sample(self, policy, prompts, group_size, uniforms):
@@ -99,7 +92,8 @@ class Environment:
         entropy_grad = self.args.entropy_coef > 0
 
         def scored(tokens, pad):
-            return self.scorer(model)(tokens, self.P, self.args.temperature, pad, read_together, entropy_grad)
+            return self.score_of(model, tokens, self.P, self.args.temperature, pad, read_together,
+                                 entropy_grad)
         both = one_pass(scored, model, tokens.flatten(0, 1), answers.padding(rows), self.run.autocast,
                         self.graphs, read_together)
         return [x.unflatten(0, tokens.shape[:2]) for x in both]

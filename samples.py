@@ -1,8 +1,9 @@
 """NAME.samples.jsonl: the answers to a few held-out prompts at every evaluation, token by token.
 
 The policy answers before a step's update, from random numbers of these answers alone. After the update it
-scores them again, so the ratio has left 1. A last line has the answers after the last step. report.py draws
-all that. Left out: what --tis_cap, --top_entropy and --overlong mask do to a token of training.
+scores them again, so the ratio has left 1; --micro_batch bounds the memory. A last line has the answers after
+the last step. report.py draws all that.
+Left out: what --tis_cap, --top_entropy and --overlong mask do to a token of training.
 Run: python train_grpo.py --samples 4
 """
 import json

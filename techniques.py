@@ -48,9 +48,10 @@ class Flags(RunFlags):
     eval_prompts: Annotated[int, AtLeast(1)] = 64  # held-out prompts
     eval_pass8: bool = True  # of a task: ask 8 answers to each of them, too
     # ---- speed and memory: the algorithm stays the same ----
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of scoring and update
     micro_batch: Annotated[int, AtLeast(0)] = 0  # prompts (PPO: answers) a backward pass; 0: all
     grad_checkpoint: bool = False  # less memory, one more forward pass
-    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: fp32 for a GPT on a CPU
+    sample_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of sampling; auto: --dtype, GPTs on a CPU fp32
     save_every: Annotated[int, AtLeast(1)] = 20  # steps
 
 
@@ -122,7 +123,7 @@ def shaped(reward, answers, args):
 
 
 def less_penalty(reward, length, args):
-    """The reward less the penalty of long answers, (B, G); one below 0 ends a run of maxrl. length: (B, G).
+    """The reward (B, G) less the penalty of long answers (B, G). A run of maxrl ends at a result below 0.
 
     --overlong penalty, DAPO eq. 13: 0 up to max_new - overlong_tokens tokens, then in equal steps up to 1.
     """

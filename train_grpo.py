@@ -39,7 +39,7 @@ class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are
     out: str = "out/grpo"  # the folder of the run's weights
     # ---- speed and memory: the algorithm stays the same ----
     share_prompt: Literal["auto", "yes", "no"] = "auto"  # read a group's prompt once; auto: if it is long
-    compile: bool = False  # scoring and update; takes a minute first
+    compile: bool = False  # scoring and update; takes two minutes first
 
 
 def main(args):

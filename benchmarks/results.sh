@@ -149,6 +149,12 @@ if want gpu; then  # on one NVIDIA GPU, but for the demo's runs on a CPU
   $python benchmarks/gpu.py
   $python benchmarks/gpu.py --only demo --device cpu --jobs "${JOBS:-1}"
   $python plot.py --metric mean_r,kl --output results/gpu_demo.png results/gpu/demo/*.csv
+  for seed in 0 1 2 3 4; do  # does it matter in which precision a CPU samples?
+    for sampler in fp32 bf16; do
+      $python train_grpo.py --data play --steps 25 --eval_every 5 --seed $seed --device cpu --samples 0 \
+        --sample_dtype $sampler --log results/gpu/demo_sampler/$sampler-s$seed.csv --out out/r-$sampler-s$seed
+    done
+  done
 fi
 
 # Vision: a seed draws the three splits, a sweep chooses each seed's trial on validation, the table is the test's.

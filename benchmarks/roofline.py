@@ -166,13 +166,15 @@ def main(args):
         counted, done = (flops(config, B, G, P, T, shared, d) for d in (False, True))
         moved = bytes_moved(config, B, G, P, T, shared, 2 if dtype == "bf16" else 4)
         floor = floors(config, B, G, P, T, shared, dtype, machine)
-        for phase in floor:
+        timed_now = [phase for phase in floor if mode == "eager" or phase in ("reference", "update")]
+        for phase in timed_now:
             fp32 = phase in ("prefill", "decode")
             rows.append(row_of(mode, dtype, phase, seconds[phase], counted[phase], done[phase],
                                moved[phase][0], floor[phase], machine["fp32" if fp32 else dtype]))
-        total = sum(seconds[phase] for phase in floor), sum(bound for bound, _ in floor.values())
-        print(f"\n{mode}, {dtype}: {1e3 * total[0]:.1f} ms a step, {total[0] / total[1]:.2f} times the floor")
-        for row in rows[-4:]:
+        total = sum(seconds[phase] for phase in timed_now), sum(floor[phase][0] for phase in timed_now)
+        print(f"\n{mode}, {dtype}: {1e3 * total[0]:.1f} ms for {', '.join(timed_now)}, "
+              f"{total[0] / total[1]:.2f} times the floor")
+        for row in rows[-len(timed_now):]:
             print(f"  {row['phase']:9} {row['gflop']:7.2f} GFLOP {row['mb']:7.1f} MB "
                   f"{1e3 * row['seconds']:8.2f} ms, floor {1e3 * row['floor_seconds']:7.2f} "
                   f"({row['bound']}): x {row['times_floor']:.2f}, {100 * row['share_of_rate']:.0f} % "

@@ -54,7 +54,7 @@ class AtLeast:
 
 @dataclasses.dataclass
 class RunFlags:
-    """What every training run takes."""
+    """What most training runs take."""
     # ---- the task ----
     track: typing.Literal["none", "tensorboard", "wandb"] = "none"  # the same numbers there
     resume: bool = False  # go on from --out
@@ -81,7 +81,8 @@ def parse(args_class, presets=None, default=None):
         first.error = lambda message: die(f"{message}: wanted one of {', '.join(presets)}")
         known, rest = first.parse_known_args(rest)
         default = presets.get(known.preset, default)
-    about = sys.modules[args_class.__module__].__doc__ + "".join(f"\n--preset {x}" for x in presets or ())
+    about = sys.modules[args_class.__module__].__doc__ or ""
+    about += "".join(f"\n--preset {name}" for name in presets or ())
     given, values = tyro.cli(flag_groups(args_class, default), prog=prog, args=rest, use_underscores=True,
                              description=about), {}
     for name, value in vars(given).items():
