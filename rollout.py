@@ -89,11 +89,10 @@ class Environment:
             return [torch.cat(x) for x in zip(*scored)]
         tokens = answers.tokens[rows]
         read_together = tokens.shape[1] if self.share_prompt else 1  # answers whose prompt is read once
-        entropy_grad = self.args.entropy_coef > 0
 
         def scored(tokens, pad):
             return self.score_of(model, tokens, self.P, self.args.temperature, pad, read_together,
-                                 entropy_grad)
+                                 self.args.entropy_coef > 0)
         both = one_pass(scored, model, tokens.flatten(0, 1), answers.padding(rows), self.run.autocast,
                         self.graphs, read_together)
         return [x.unflatten(0, tokens.shape[:2]) for x in both]

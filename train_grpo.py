@@ -90,9 +90,8 @@ def main(args):
                     logp, entropy = env.score(policy, answers, rows)
                     mask = mask_all[rows]
                     old = logp_old[rows] if updates > 1 else logp.detach()  # then the ratio is exactly 1
-                    loss, stats = grpo_loss(logp, old, logp_ref[rows], adv[rows], mask, objective,
-                                            max_len=env.T, n_tokens=batch.n_tokens,
-                                            n_answers=batch.n_answers)
+                    loss, stats = grpo_loss(logp, old, logp_ref[rows], adv[rows], mask, objective, env.T,
+                                            n_tokens=batch.n_tokens, n_answers=batch.n_answers)
                     loss = loss - args.entropy_coef * entropy.masked_fill(~mask, 0).sum() / batch.n_tokens
                     loss.backward()
                     stats |= token_stats(logp, logp_ref[rows], entropy, mask)
