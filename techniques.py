@@ -58,19 +58,19 @@ class Flags(RunFlags):
 def pick_objective(args, updates=1):
     """The table's row with --beta (None: its own) -> Objective, and the β of a KL in the reward.
 
-    ValueError where groups of this size, or so many updates a rollout, don't go with it.
+    Ends the run where groups of this size, or so many updates a rollout, don't go with it.
     """
     name, G = args.objective, args.group_size
     objective = OBJECTIVES[name] if args.beta is None else replace(OBJECTIVES[name], beta=args.beta)
     if G < 2 and (objective.baseline, objective.scale) != ("none", "none"):
-        raise ValueError(f"--group_size {G}: {name} compares answers, wanted at least 2")
+        die(f"--group_size {G}: {name} compares answers, wanted at least 2")
     if objective.ratio == "none" and updates > 1:
-        raise ValueError(f"--objective {name} has no ratio: {updates} updates a rollout would be off-policy, "
-                         "wanted 1 epoch and 1 minibatch")
+        die(f"--objective {name} has no ratio: {updates} updates a rollout would be off-policy, "
+            "wanted 1 epoch and 1 minibatch")
     if not args.kl_in_reward:
         return objective, 0.0
     if not objective.beta:
-        raise ValueError(f"--kl_in_reward with β 0 for {name}: wanted a --beta above 0")
+        die(f"--kl_in_reward with β 0 for {name}: wanted a --beta above 0")
     return replace(objective, beta=0.0), objective.beta
 
 

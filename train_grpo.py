@@ -16,7 +16,7 @@ from grpo import OBJECTIVES, group_advantage, grpo_loss
 from policy import begin, defaults, load_policy
 from rollout import COLUMNS, Environment, token_stats
 from utils import ranks
-from utils.cli import AtLeast, parse, program, refusing
+from utils.cli import AtLeast, parse, program
 from utils.run import Run, step_generator
 
 
@@ -45,8 +45,7 @@ class Args(techniques.Flags):  # the flags that GRPO, PPO and TRL have alike are
 def main(args):
     # ---- set-up ----
     updates = args.epochs_per_rollout * args.minibatches
-    with refusing():
-        objective, kl_weight = techniques.pick_objective(args, updates)  # kl_weight: β of a KL in the reward
+    objective, kl_weight = techniques.pick_objective(args, updates)  # kl_weight: β of a KL in the reward
     with_kl = objective.beta or kl_weight  # else only evaluated steps ask the reference
     ranks.whole_parts(args.prompts_per_step, args.minibatches, "--minibatches")
     device = ranks.start(args.device)

@@ -101,8 +101,7 @@ def main(args):
                     loss = (loss + loss_v) * (mask.sum() / batch.n_tokens)  # the networks share no weights
                     loss = loss - args.entropy_coef * entropy.masked_fill(~mask, 0).sum() / batch.n_tokens
                     loss.backward()
-                    stats |= stats_v
-                    stats |= token_stats(logp, logp_ref[rows], entropy, mask)
+                    stats |= stats_v | token_stats(logp, logp_ref[rows], entropy, mask)
                     run.add(stats, mask.sum() / batch.n_scored / updates)
                     run.add({"loss": loss.detach()}, 1 / updates)
                 run.update(optimizer, *trained.values(), grad_clip=args.grad_clip, weight=1 / updates)
