@@ -36,7 +36,7 @@ OBJECTIVE = replace(OBJECTIVES["grpo"], beta=0.0)  # the KL is exact here, and a
 
 
 @dataclass
-class Args(RunFlags):  # flags of every run are there
+class Args(RunFlags):  # it has the flags of most runs
     ALIASES: ClassVar[dict[str, str]] = {
         "kl_coef": "beta", "entropy_weight": "entropy_coef", "smooth_tau": "tau", "workers": "num_workers",
         "log_interval": "log_every", "model_name": "model", "use_amp": "dtype=bf16",

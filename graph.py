@@ -202,8 +202,8 @@ class Graphs:
             return module
         warn = "set_warn_on_accumulate_grad_stream_mismatch"  # the recording's stream is another, rightly
         getattr(torch.autograd.graph, warn, lambda warn: None)(False)
+        torch.cuda.empty_cache()  # what torch keeps for later tensors is free; what recordings keep is not
         free, total = torch.cuda.mem_get_info()
-        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         if free < total / 2 and not self.full:  # a recording keeps its activations
             self.full = True
             print("half of the GPU is full: other shapes of an update are not recorded", file=sys.stderr)

@@ -33,7 +33,7 @@ COLUMNS = [*SHARED, "accuracy", "held_out", "held_out_accuracy", "judge_accuracy
 
 
 @dataclass
-class Args(RunFlags):  # flags of every run are there
+class Args(RunFlags):  # it has the flags of most runs
     # ---- the algorithm ----
     label_temperature: Annotated[float, AtLeast(0.0)] = 0.1  # of the Bradley-Terry draw, in the judge's unit
     pool: Literal["sum", "last"] = "sum"  # over an answer's tokens

@@ -33,7 +33,7 @@ COLUMNS = [*SHARED, "held_out", "loss_char", "held_out_char", "lr", "grad_norm",
 
 
 @dataclass
-class Args(RunFlags):  # flags of every run are there
+class Args(RunFlags):  # it has the flags of most runs
     # ---- the algorithm ----
     steps: Annotated[int, AtLeast(1)] = 900  # optimizer steps
     batch_size: Annotated[int, AtLeast(1)] = 32  # windows of text

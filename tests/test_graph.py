@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_graph.py (on a GPU: -m gpu)
 """
 import contextlib
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 from ppo import ValueModel
 from utils import ranks
-from utils.device import pick_autocast, pick_device
+from utils.device import peak_mem_mb, pick_autocast, pick_device
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +142,28 @@ def test_many_shapes_are_not_all_recorded():
         want, got = (generate(model, prompt[:n], 5, 2, uniforms=uniforms, graphs=g) for g in (None, graphs))
         assert torch.equal(want[0], got[0])
     assert len(graphs.decodings) == 8
+
+
+def test_a_full_gpu_records_no_more_updates_and_says_so_once(monkeypatch, capsys):
+    """Without a GPU: stand-ins for its memory and for torch's recorder."""
+    memory, asked = {"free": 3, "cached": 3}, []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory["free"], 10))
+    monkeypatch.setattr(torch.cuda, "empty_cache",
+                        lambda: memory.update(free=memory["free"] + memory["cached"], cached=0))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3e6)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables",
+                        lambda module, inputs, **kw: asked.append(kw) or "recorded")
+    module, inputs = torch.nn.Linear(1, 1), [SimpleNamespace(is_cuda=True)]
+    graphs = Graphs(module)
+    assert graphs.with_backward(module, inputs) == "recorded" and asked == [{"allow_unused_input": True}]
+    assert graphs.with_backward(module, inputs) == "recorded"
+    assert len(module.weight._backward_hooks) == 1  # it copies what the next replay overwrites
+    memory["free"] = 4
+    assert graphs.with_backward(module, inputs) is module
+    memory["free"] = 9  # but an eager update came between
+    assert graphs.with_backward(module, inputs) is module
+    assert capsys.readouterr().err.count("half of the GPU is full") == 1
+    assert peak_mem_mb(torch.device("cuda")) == 3
 
 
 @gpu

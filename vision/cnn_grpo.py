@@ -33,7 +33,7 @@ COLUMNS = [*SHARED, "samples", "seconds", "grad_norm", "frac_zero_std", "aux_ce"
 
 
 @dataclass
-class Args(RunFlags):  # flags of every run are there
+class Args(RunFlags):  # it has the flags of most runs
     ALIASES: ClassVar[dict[str, str]] = {"grpo_steps": "steps", "kl_coef": "beta",
                                          "eval_interval": "eval_every"}
     # ---- the algorithm ----

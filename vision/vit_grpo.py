@@ -38,7 +38,7 @@ OBJECTIVE = replace(OBJECTIVES["grpo"], beta=0.0)  # the KL is exact here, and a
 
 
 @dataclass
-class Args(RunFlags):  # flags of every run are there
+class Args(RunFlags):  # it has the flags of most runs
     ALIASES: ClassVar[dict[str, str]] = {"grpo_steps": "steps", "kl_coef": "beta",
                                          "eval_interval": "eval_every", "ckpt_dir": "out"}
     # ---- the algorithm ----
